@@ -1,0 +1,277 @@
+"""The bundle: the one thing every verb takes and returns. ``docs/bundle-format.md`` specifies its files.
+
+A bundle is a folder that diffusers-like tools can read too (``model_index.json``, a folder per component with
+``model.onnx``), plus ``bundle.json``: what each graph is for, what the sampling loop must know, the sha256 of every
+file, and the history of verbs that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgediffusion.errors import BundleError
+from edgediffusion.files import dump_json, sha256
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+ROLES = ("encode", "denoise", "denoise.shallow", "denoise.head", "denoise.tail", "decode", "encode_image")
+PREDICTIONS = ("epsilon", "v", "sample", "flow")
+GUIDANCE = ("none", "classifier-free", "embedded")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, NumPy dtype name and shape of a graph's input or output; a dynamic axis is its name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """How text becomes the token ids of an ``encode`` component: a ``tokenizer.json``, cut and padded to ``length``."""
+
+    file: str
+    length: int
+    pad_id: int
+    input: str = "input_ids"
+
+
+@dataclass(frozen=True)
+class Component:
+    """One exported graph. ``model`` is its ONNX file, relative to the bundle."""
+
+    name: str
+    role: str
+    model: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    tokenizer: Tokenizer | None = None
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The training schedule. ``kind`` is diffusers' ``beta_schedule``, or ``flow`` for x_t = (1 - t) x_0 + t noise."""
+
+    kind: str
+    train_steps: int
+    beta_start: float = 0.0
+    beta_end: float = 0.0
+    zero_terminal_snr: bool = False
+    set_alpha_to_one: bool = True
+    spacing: str = "leading"
+    steps_offset: int = 0
+    shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a sampling loop must know and no graph can say.
+
+    ``prediction`` is what ``denoise`` returns; ``guidance_width`` the length of the embedding of w for embedded
+    guidance; a picture of H x W pixels has latents of H / downsampling; sizes are multiples of ``size_multiple``;
+    ``decode`` takes latents / latent_scale + latent_shift.
+    """
+
+    prediction: str
+    guidance: str
+    schedule: NoiseSchedule
+    latent_channels: int
+    downsampling: int
+    latent_scale: float
+    latent_shift: float
+    height: int
+    width: int
+    size_multiple: int
+    fixed_size: bool
+    sampler: str
+    steps: int
+    guidance_scale: float
+    guidance_width: int = 0
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One step of a bundle's history: what was done, with which arguments, by which versions."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class File:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder on disk and its manifest; never changed once it is written."""
+
+    path: Path
+    family: str
+    components: tuple[Component, ...]
+    sampling: Sampling | None
+    history: tuple[Verb, ...]
+    files: Mapping[str, File]
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
+        """Read a bundle and check it: format, paths, presence and (with ``verify``) sha256 of every file.
+
+        Raises:
+            BundleError: no bundle, a newer format, a path that leaves the folder, a missing or changed file.
+        """
+        path = Path(path)
+        bundle = _from_json(path, _read_manifest(path))
+        _check_files(bundle, verify=verify)
+        return bundle
+
+    def component(self, name: str) -> Component:
+        for component in self.components:
+            if component.name == name:
+                return component
+        raise BundleError(f"The bundle has no component '{name}'", allowed=", ".join(c.name for c in self.components))
+
+    def with_role(self, role: str) -> tuple[Component, ...]:
+        return tuple(c for c in self.components if c.role == role)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the targets that engines were built for."""
+        return tuple(sorted({PurePosixPath(f).parts[1] for f in self.files if f.startswith("engines/")}))
+
+    @property
+    def digest(self) -> str:
+        """Identity of the bundle's contents: the hash that its manifest carries."""
+        return _digest(_to_json(self))
+
+    def size_bytes(self, prefix: str = "") -> int:
+        """Bytes of the files under ``prefix``; a file that is linked twice counts once."""
+        return sum({f.sha256: f.bytes for name, f in self.files.items() if name.startswith(prefix)}.values())
+
+
+def write(
+    folder: Path,
+    *,
+    family: str,
+    components: tuple[Component, ...],
+    sampling: Sampling | None,
+    history: tuple[Verb, ...],
+    known: Mapping[str, File] | None = None,
+) -> None:
+    """Finish a folder whose other files are in place: hash them and write ``bundle.json``.
+
+    ``known`` carries over the hashes of files that were taken unchanged from a verified bundle.
+    """
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name != MANIFEST:
+            files[name] = (known or {}).get(name) or File(sha256(file), file.stat().st_size)
+    bundle = Bundle(folder, family, components, sampling, history, files)
+    content = _to_json(bundle)
+    (folder / MANIFEST).write_text(dump_json({**content, "sha256": _digest(content)}), encoding="utf-8")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(dump_json(content).encode()).hexdigest()
+
+
+def _to_json(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "family": bundle.family,
+        "components": [asdict(c) for c in bundle.components],
+        "sampling": None if bundle.sampling is None else asdict(bundle.sampling),
+        "history": [asdict(v) for v in bundle.history],
+        "files": {name: asdict(f) for name, f in bundle.files.items()},
+    }
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"'{path}' is not a bundle: it has no {MANIFEST}", do="Make one with: edgediffusion export SOURCE -o BUNDLE")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"'{file}' is damaged: {error}", do="Make the bundle again.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise BundleError(f"'{file}' is not a bundle manifest: it states no format number")
+    if content["format"] > FORMAT:
+        raise BundleError(
+            f"'{path}' was written by a newer edgediffusion",
+            got=f"format {content['format']}",
+            allowed=f"format {FORMAT} and older",
+            do="Update edgediffusion, or make the bundle again with this version.",
+        )
+    stated = content.pop("sha256", None)
+    if stated != _digest(content):
+        raise BundleError(f"'{file}' was changed after it was written: its own sha256 does not fit", do="Make the bundle again.")
+    return content
+
+
+def _from_json(path: Path, content: dict[str, Any]) -> Bundle:
+    try:
+        return Bundle(
+            path=path,
+            family=content["family"],
+            components=tuple(_component(c) for c in content["components"]),
+            sampling=None if content["sampling"] is None else _sampling(content["sampling"]),
+            history=tuple(_record(Verb, v) for v in content["history"]),
+            files={name: _record(File, f) for name, f in content["files"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"The manifest of '{path}' lacks or misstates a field: {error}", do="See docs/bundle-format.md.") from None
+
+
+def _record(kind: type, content: Mapping[str, Any]) -> Any:
+    unknown = set(content) - {f.name for f in fields(kind)}
+    if unknown:
+        raise TypeError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+    return kind(**content)
+
+
+def _component(content: Mapping[str, Any]) -> Component:
+    if content["role"] not in ROLES:
+        raise TypeError(f"role '{content['role']}' is none of {', '.join(ROLES)}")
+    specs = {key: tuple(_record(TensorSpec, {**s, "shape": tuple(s["shape"])}) for s in content[key]) for key in ("inputs", "outputs")}
+    tokenizer = content["tokenizer"] and _record(Tokenizer, content["tokenizer"])
+    return _record(Component, {**content, **specs, "tokenizer": tokenizer})
+
+
+def _sampling(content: Mapping[str, Any]) -> Sampling:
+    for key, allowed in (("prediction", PREDICTIONS), ("guidance", GUIDANCE)):
+        if content[key] not in allowed:
+            raise TypeError(f"{key} '{content[key]}' is none of {', '.join(allowed)}")
+    return _record(Sampling, {**content, "schedule": _record(NoiseSchedule, content["schedule"])})
+
+
+def _check_files(bundle: Bundle, *, verify: bool) -> None:
+    named = [c.model for c in bundle.components] + [c.tokenizer.file for c in bundle.components if c.tokenizer]
+    for name in [*named, *bundle.files]:
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not name:
+            raise BundleError(f"The bundle '{bundle.path}' names a path that leaves its folder", got=repr(name), do="Do not use it.")
+        if name not in bundle.files:
+            raise BundleError(f"The bundle '{bundle.path}' uses a file that its manifest does not list", got=repr(name))
+        file = bundle.path / name
+        if not file.is_file():
+            raise BundleError(f"The bundle '{bundle.path}' lacks the file '{name}'", do="Make the bundle again.")
+        if not file.resolve().is_relative_to(bundle.path.resolve()):
+            raise BundleError(f"The bundle '{bundle.path}' has a link that leaves its folder", got=repr(name), do="Do not use it.")
+    for name, stated in bundle.files.items():
+        file = bundle.path / name
+        size = file.stat().st_size
+        if size != stated.bytes or (verify and sha256(file) != stated.sha256):
+            raise BundleError(
+                f"The file '{name}' of the bundle '{bundle.path}' was changed after it was written", do="Make the bundle again."
+            )

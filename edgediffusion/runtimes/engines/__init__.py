@@ -1,0 +1,41 @@
+"""The seam to the libraries that run graphs: one file per engine, each a module with the functions below.
+
+    version() -> str                                    the library's version; MissingExtra if it is absent
+    suffix: str                                         of a built engine's file
+    build(model: Path, engine: Path, *, threads) -> None    make an engine file of an ONNX file
+    open_session(file: Path, *, threads) -> Session     load an engine file, or an ONNX file where the library can
+
+A vendor library is imported inside functions only, so naming an engine never loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from edgediffusion.bundle import TensorSpec
+
+
+class Binding(Protocol):
+    """A session with its buffers fixed to one set of shapes: write ``inputs``, call ``run``, read ``outputs``.
+
+    The arrays stay the same objects for the life of the binding; ``run`` allocates nothing on the Python side.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+
+    def run(self) -> None: ...
+
+
+class Session(Protocol):
+    """A loaded engine."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def bind(self, axes: Mapping[str, int]) -> Binding:
+        """Allocate buffers, every named axis at the size given. Axes that the session does not have are ignored."""
+        ...
