@@ -45,7 +45,11 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Component:
-    """One exported graph. ``model`` is its ONNX file, relative to the bundle."""
+    """One exported graph. ``model`` is its ONNX file, relative to the bundle.
+
+    ``feeds`` says under which name an output is fed to other graphs, where that is not its own: the text encoder's
+    ``last_hidden_state`` is the denoiser's ``encoder_hidden_states``. Outputs that it does not list keep their name.
+    """
 
     name: str
     role: str
@@ -53,6 +57,7 @@ class Component:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     tokenizer: Tokenizer | None = None
+    feeds: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -244,6 +249,9 @@ def _component(content: Mapping[str, Any]) -> Component:
     if content["role"] not in ROLES:
         raise TypeError(f"role '{content['role']}' is none of {', '.join(ROLES)}")
     specs = {key: tuple(_record(TensorSpec, {**s, "shape": tuple(s["shape"])}) for s in content[key]) for key in ("inputs", "outputs")}
+    feeds = content.get("feeds", {})
+    if not set(feeds) <= {spec.name for spec in specs["outputs"]} or not all(isinstance(name, str) for name in feeds.values()):
+        raise TypeError(f"feeds {feeds} names an output that the graph does not have")
     tokenizer = content["tokenizer"] and _record(Tokenizer, content["tokenizer"])
     return _record(Component, {**content, **specs, "tokenizer": tokenizer})
 
