@@ -1,0 +1,98 @@
+"""Draw with a bundle and put the pictures on disk, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any
+
+from edgediffusion.bundle import Bundle
+from edgediffusion.errors import ArgumentError, OutputError
+from edgediffusion.files import new_file
+from edgediffusion.registry import require
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_GAP = 4
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Where pictures go: ``output`` itself, or for several laid out as ``files`` numbered ones beside it."""
+
+    output: Path
+    layout: str = "grid"
+    force: bool = False
+
+    def files(self, count: int) -> tuple[Path, ...]:
+        """The files that ``count`` pictures fill; refused before any work is done for them.
+
+        Raises:
+            ArgumentError: the name ends in no picture format.
+            OutputError: one exists, and they may not be replaced.
+        """
+        if self.output.suffix.lower() not in _FORMATS:
+            raise ArgumentError(f"'{self.output}' does not end like a picture", allowed=", ".join(_FORMATS))
+        numbered = count > 1 and self.layout == "files"
+        files = tuple(self.output.with_stem(f"{self.output.stem}-{n}") for n in range(1, count + 1)) if numbered else (self.output,)
+        for file in files:
+            if file.is_dir() or (file.exists() and not self.force):
+                raise OutputError(f"The output '{file}' exists already", do="Choose another name, or give --force to replace a picture.")
+        return files
+
+
+@dataclass(frozen=True)
+class Drawn:
+    files: tuple[str, ...]
+    seed: int
+    warnings: tuple[str, ...]
+
+
+def draw(
+    bundle: Path,
+    prompt: str,
+    drawing: Drawing,
+    *,
+    target: str | None,
+    progress: Callable[[str, float], None],
+    images: int,
+    steps: int | None,
+    seed: int,
+    **settings: Any,
+) -> Drawn:
+    """Draw ``images`` pictures and write them as ``drawing`` says. ``settings`` are the pipeline's own arguments."""
+    files = drawing.files(images)
+    require("PIL", extra="cpu", purpose="Writing a picture")
+    from edgediffusion.runtimes import Pipeline
+
+    progress("loading", 0.0)
+    pipeline = Pipeline.from_bundle(Bundle.open(bundle), target=target)
+    result = pipeline(prompt, num_inference_steps=steps, num_images=images, seed=seed, callback=_steps(progress), **settings)
+    pictures = result.images if len(files) > 1 else [grid(result.images)]
+    for file, picture in zip(files, pictures, strict=True):
+        with new_file(file, replace=drawing.force) as partial:
+            picture.save(partial, format=_FORMATS[file.suffix.lower()])
+    return Drawn(tuple(map(str, files)), seed, tuple(result.warnings))
+
+
+def grid(pictures: Sequence[Any]) -> Any:
+    """Pictures of one size in a square-ish grid, on white; a single one is returned as it is."""
+    from PIL import Image
+
+    if len(pictures) == 1:
+        return pictures[0]
+    columns = ceil(sqrt(len(pictures)))
+    rows = ceil(len(pictures) / columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % columns * (width + _GAP), number // columns * (height + _GAP)))
+    return sheet
+
+
+def _steps(progress: Callable[[str, float], None]) -> Any:
+    def callback(step: int, steps: int, *_: Any) -> None:
+        progress("sampling", step / steps)
+
+    return callback

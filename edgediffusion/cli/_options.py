@@ -1,0 +1,38 @@
+"""Arguments that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+source_option = click.option(
+    "--source", required=True, type=click.Path(path_type=Path), help="The diffusers folder that the bundle was exported from."
+)
+seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the starting noise.")
+steps_option = click.option(
+    "--steps", type=click.IntRange(min=1), default=None, help="Sampling steps; the bundle says how many by default."
+)
+guidance_option = click.option(
+    "--guidance-scale", type=click.FloatRange(min=0), default=None, help="How strongly the prompt pulls; the bundle says by default."
+)
+
+
+def output_option(metavar: str, what: str) -> Callable[[_F], _F]:
+    return click.option("-o", "--output", required=True, metavar=metavar, type=click.Path(path_type=Path), help=what)
+
+
+def target_option(*, required: bool = False, default: str | None = None) -> Callable[[_F], _F]:
+    return click.option(
+        "--target",
+        required=required,
+        default=default,
+        show_default=default is not None,
+        help="A name that 'edgediffusion targets' lists, or a TOML file.",
+    )

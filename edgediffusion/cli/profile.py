@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgediffusion.cli._options import bundle_argument, json_option, target_option
+
+
+@click.command()
+@bundle_argument
+@target_option()
+@click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="Timed runs of every part.")
+@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Runs before the first timed one.")
+@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Sampling steps of the run that peak memory is read from.")
+@json_option
+def command(bundle: Path, target: str | None, runs: int, warmup: int, steps: int, as_json: bool) -> None:
+    """Measure how long every part of a BUNDLE takes.
+
+    Latency of each component and step, load time, peak memory and size, on this machine.
+
+    \b
+    Example:
+      edgediffusion profile bundle-cpu --runs 20
+    """
+    from edgediffusion.bundle import Bundle
+    from edgediffusion.cli._progress import Progress
+    from edgediffusion.cli._show import show
+    from edgediffusion.profiles import profile
+    from edgediffusion.profiles.report import table
+
+    with Progress() as progress:
+        measured = profile(Bundle.open(bundle), target=target, runs=runs, warmup=warmup, steps=steps, progress=progress)
+    show(measured, table(measured), as_json=as_json)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgediffusion.cli._options import bundle_argument, json_option, output_option, target_option
+from edgediffusion.registry import names
+
+
+@click.command()
+@bundle_argument
+@click.option("--state", required=True, type=click.Path(path_type=Path), help="The file that 'edgediffusion calibrate' wrote.")
+@click.option(
+    "--recipe", default="int8", show_default=True, help=f"One of: {', '.join(names('optimize.recipes', '.toml'))}; or a TOML file."
+)
+@target_option(default="cpu-x86-64")
+@output_option("BUNDLE", "The folder to write; it must not exist.")
+@json_option
+def command(bundle: Path, state: Path, recipe: str, target: str, output: Path, as_json: bool) -> None:
+    """Give a BUNDLE's graphs the number formats of a recipe.
+
+    The target says where its engine wants them quantized.
+
+    \b
+    Example:
+      edgediffusion quantize bundle --state state.json --recipe int8 --target cpu-x86-64 -o bundle-int8
+    """
+    from edgediffusion.bundle import Bundle
+    from edgediffusion.cli._progress import Progress
+    from edgediffusion.cli._show import show_bundle
+    from edgediffusion.optimize import quantize
+
+    with Progress() as progress:
+        made = quantize(Bundle.open(bundle), state, output, recipe=recipe, target=target, progress=progress)
+    show_bundle(made, output, as_json=as_json)
