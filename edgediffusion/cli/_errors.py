@@ -20,9 +20,12 @@ from typing import Any
 
 import click
 
-from edgediffusion.errors import ArgumentError, Cancelled, EdgeDiffusionError
+from edgediffusion.errors import ArgumentError, Cancelled, EdgeDiffusionError, MissingExtra
 
 DEBUG = "EDGEDIFFUSION_DEBUG"
+EXTRAS = {"modelopt": "optimize", "openvino": "openvino", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "cuda": "rtx"}
+EXTRAS |= dict.fromkeys(("onnxruntime", "tokenizers", "PIL"), "cpu")
+EXTRAS |= dict.fromkeys(("torch", "diffusers", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript"), "export")
 FAILED, BAD_ARGUMENTS, BUG, CANCELLED = 1, 2, 70, 130
 
 
@@ -49,6 +52,8 @@ def _explain(error: BaseException) -> int:
         traceback.print_exception(error)
     if isinstance(error, (KeyboardInterrupt, Cancelled)):
         return _say("Cancelled; nothing was kept.", CANCELLED)
+    if isinstance(error, ModuleNotFoundError) and (module := (error.name or "").split(".")[0]) in EXTRAS:
+        error = MissingExtra(module, EXTRAS[module], "This command")
     if isinstance(error, EdgeDiffusionError):
         return _say(f"Error: {error}", BAD_ARGUMENTS if isinstance(error, ArgumentError) else FAILED)
     if isinstance(error, BrokenPipeError):

@@ -12,7 +12,9 @@ from edgediffusion.cli._options import bundle_argument, json_option, target_opti
 @target_option()
 @click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="Timed runs of every part.")
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Runs before the first timed one.")
-@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Sampling steps of the run that peak memory is read from.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Sampling steps of the run that peak memory is read from."
+)
 @json_option
 def command(bundle: Path, target: str | None, runs: int, warmup: int, steps: int, as_json: bool) -> None:
     """Measure how long every part of a BUNDLE takes.
