@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from edgediffusion.bundle import TensorSpec
+from edgediffusion.errors import EngineError
 
 
 class Binding(Protocol):
@@ -39,3 +40,15 @@ class Session(Protocol):
     def bind(self, axes: Mapping[str, int]) -> Binding:
         """Allocate buffers, every named axis at the size given. Axes that the session does not have are ignored."""
         ...
+
+
+def resolve(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor, every named axis at its size.
+
+    Raises:
+        EngineError: an axis has no size.
+    """
+    missing = [str(size) for size in spec.shape if not isinstance(size, int) and size not in axes]
+    if missing:
+        raise EngineError(f"The tensor '{spec.name}' has axes of unknown size", got=", ".join(missing), allowed=", ".join(axes) or "none")
+    return tuple(size if isinstance(size, int) else axes[size] for size in spec.shape)

@@ -1,0 +1,93 @@
+"""The network in the loop: feeds it, applies guidance, and turns what it predicts into an estimate of x_0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgediffusion.errors import ArgumentError
+from edgediffusion.runtimes.engines import Binding
+from edgediffusion.runtimes.schedules import Point, Points
+
+Observe = Callable[[int, Mapping[str, np.ndarray]], None]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """``denoise(x, i)`` for a sampler: x is float32 [images, ...], the result the estimate of x_0, of the same shape.
+
+    ``conditions`` are fed with every call, each [rows, ...]. With ``classifier_free_scale`` a call has two rows per
+    image, the unconditional ones first as in diffusers, and the prediction is u + scale (c - u) (Ho and Salimans
+    2022, in diffusers' parametrization). ``observe`` gets the number of the step and a copy of each array fed.
+    """
+
+    binding: Binding
+    prediction: str
+    points: Points
+    conditions: Mapping[str, np.ndarray]
+    classifier_free_scale: float | None = None
+    observe: Observe | None = None
+
+    def __call__(self, x: np.ndarray, i: int) -> np.ndarray:
+        point = self.points.at[i]
+        self._feed(x, point.timestep)
+        if self.observe is not None:
+            self.observe(i, {name: array.copy() for name, array in self.binding.inputs.items()})
+        self.binding.run()
+        (output,) = self.binding.outputs.values()
+        return to_x0(self.prediction, x, self._guided(output.astype(np.float32)), point)
+
+    def _feed(self, x: np.ndarray, timestep: float) -> None:
+        # The conditions are written each time, although they do not change: another loop may use the same buffers.
+        inputs = self.binding.inputs
+        for name, rows in self.conditions.items():
+            inputs[name][...] = rows
+        inputs["timestep"][...] = round(timestep) if inputs["timestep"].dtype.kind in "iu" else timestep
+        inputs["sample"].reshape(-1, *x.shape)[...] = x
+
+    def _guided(self, output: np.ndarray) -> np.ndarray:
+        if self.classifier_free_scale is None:
+            return output
+        unconditional, conditional = np.split(output, 2)
+        guided: np.ndarray = unconditional + self.classifier_free_scale * (conditional - unconditional)
+        return guided
+
+
+def to_x0(prediction: str, x: np.ndarray, output: np.ndarray, at: Point) -> np.ndarray:
+    """The estimate of x_0 at x = alpha x_0 + sigma noise from any prediction.
+
+    epsilon: the noise. v: alpha noise - sigma x_0 (Salimans and Ho 2022), for alpha^2 + sigma^2 = 1. flow: noise - x_0,
+    for alpha + sigma = 1. sample: x_0.
+    """
+    if prediction == "epsilon":
+        return (x - at.sigma * output) / at.alpha
+    if prediction == "v":
+        return at.alpha * x - at.sigma * output
+    if prediction == "flow":
+        return x - at.sigma * output
+    return output
+
+
+def check_predictable(prediction: str, points: Points, sampler: str) -> None:
+    """Refuse to divide by alpha = 0: from pure noise alone, a prediction of noise says nothing about x_0."""
+    if prediction == "epsilon" and any(point.alpha == 0 for point in points.at):
+        raise ArgumentError(
+            f"The sampler '{sampler}' starts from pure noise, where a network that predicts noise says nothing",
+            allowed="euler, euler-ancestral, dpmpp-2m",
+        )
+
+
+def guidance_embedding(w: float, width: int) -> np.ndarray:
+    """float32 [width]: [sin(1000 w f), cos(1000 w f)], f_i = 10000^(-i / (h - 1)) for h = width // 2; a zero if odd.
+
+    Meng et al. 2023 (2210.03142) as in diffusers' ``get_guidance_scale_embedding``, w = guidance_scale - 1. Frequencies
+    and angles are rounded to float32 like diffusers': at angles of thousands the rounding is visible in the sine.
+    """
+    half = width // 2
+    step = np.float32(math.log(10000.0) / (half - 1))
+    frequencies = np.exp((np.arange(half, dtype=np.float32) * -step).astype(np.float64)).astype(np.float32)
+    angles = (np.float32(w) * np.float32(1000.0) * frequencies).astype(np.float64)
+    return np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2)]).astype(np.float32)

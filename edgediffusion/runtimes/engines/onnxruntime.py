@@ -1,0 +1,144 @@
+"""ONNX Runtime on a CPU. A built engine is the graph as ONNX Runtime optimized it for this processor.
+
+An optimized graph is loaded without optimizing again, and its weights lie in a file of their own that is mapped
+rather than read. It holds layouts that fit one processor (blocks of 8 or 16 channels), so it goes to no other kind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgediffusion.bundle import TensorSpec
+from edgediffusion.errors import EngineError
+from edgediffusion.registry import require
+from edgediffusion.runtimes.engines import resolve
+
+suffix = ".optimized.onnx"
+
+_ERRORS_ONLY = 3
+_SMALLEST_OUTSIDE_BYTES = 1024
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def version() -> str:
+    return str(_library().__version__)
+
+
+def build(model: Path, engine: Path, *, threads: int | None = None) -> None:
+    """Optimize an ONNX file for this processor; writes ``engine`` and, for its weights, ``engine`` + ``.data``.
+
+    Raises:
+        EngineError: ONNX Runtime cannot read the file, or has no implementation of one of its operators.
+    """
+    options = _options(threads, optimize=True)
+    options.optimized_model_filepath = str(engine)
+    prefix = "session.optimized_model_external_initializers_"
+    options.add_session_config_entry(prefix + "file_name", engine.name + ".data")
+    options.add_session_config_entry(prefix + "min_size_in_bytes", str(_SMALLEST_OUTSIDE_BYTES))
+    with _mapped(f"ONNX Runtime could not optimize '{model.parent.name}/{model.name}'"):
+        _library().InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def open_session(file: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
+    """Load an engine that ``build`` made, or any ONNX file. ``threads`` is by default the cores this process may use.
+
+    Raises:
+        EngineError: the file is missing, damaged, or uses an operator that ONNX Runtime does not have.
+    """
+    options = _options(threads, optimize=not file.name.endswith(suffix))
+    with _mapped(f"ONNX Runtime could not load '{file.parent.name}/{file.name}'"):
+        return OnnxRuntimeSession(_library().InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
+
+
+class OnnxRuntimeSession:
+    def __init__(self, session: Any):
+        self._session = session
+        self.inputs = tuple(_spec(argument) for argument in session.get_inputs())
+        self.outputs = tuple(_spec(argument) for argument in session.get_outputs())
+
+    def bind(self, axes: Mapping[str, int]) -> OnnxRuntimeBinding:
+        """Buffers on the CPU. An output axis that ``axes`` lacks is found out by one run on zeros.
+
+        Raises:
+            EngineError: ``axes`` lacks an axis of an input, or the graph cannot run at these sizes.
+        """
+        inputs = {spec.name: np.zeros(resolve(spec, axes), spec.dtype) for spec in self.inputs}
+        if all(isinstance(size, int) or size in axes for spec in self.outputs for size in spec.shape):
+            outputs = {spec.name: np.zeros(resolve(spec, axes), spec.dtype) for spec in self.outputs}
+        else:
+            with _mapped("ONNX Runtime could not run the graph"):
+                found = self._session.run([spec.name for spec in self.outputs], inputs)
+            outputs = {spec.name: np.zeros_like(array) for spec, array in zip(self.outputs, found, strict=True)}
+        return OnnxRuntimeBinding(self._session, inputs, outputs)
+
+
+class OnnxRuntimeBinding:
+    def __init__(self, session: Any, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]):
+        self.inputs, self.outputs = inputs, outputs
+        self._session, self._binding = session, session.io_binding()
+        for arrays, bind in ((inputs, self._binding.bind_input), (outputs, self._binding.bind_output)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        with _mapped("ONNX Runtime could not run the graph"):
+            self._session.run_with_iobinding(self._binding)
+
+
+def _library() -> Any:
+    return require("onnxruntime", extra="cpu", purpose="Running on this CPU")
+
+
+def _options(threads: int | None, *, optimize: bool) -> Any:
+    library = _library()
+    options = library.SessionOptions()
+    level = library.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads or _cores()
+    options.log_severity_level = _ERRORS_ONLY
+    return options
+
+
+def _cores() -> int:
+    """Cores that this process may use, which a container or ``taskset`` may have made fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _spec(argument: Any) -> TensorSpec:
+    if argument.type not in _DTYPES:
+        raise EngineError(f"The tensor '{argument.name}' has a type that NumPy lacks", got=argument.type, allowed=", ".join(_DTYPES))
+    shape = tuple(f"{argument.name}.{i}" if size is None else size for i, size in enumerate(argument.shape))
+    return TensorSpec(argument.name, _DTYPES[argument.type], shape)
+
+
+@contextmanager
+def _mapped(wrong: str) -> Iterator[None]:
+    """Every exception that ONNX Runtime raises becomes an EngineError.
+
+    Its own classes have no base in common, and it also raises the plain ones below for bad feeds and types.
+    """
+    expected: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, *_native_errors())
+    try:
+        yield
+    except expected as error:
+        raise EngineError(wrong, got=f"{type(error).__name__}: {error}") from error
+
+
+def _native_errors() -> tuple[type[Exception], ...]:
+    native = vars(require("onnxruntime.capi.onnxruntime_pybind11_state", extra="cpu", purpose="Running on this CPU"))
+    return tuple(value for value in native.values() if isinstance(value, type) and issubclass(value, Exception))

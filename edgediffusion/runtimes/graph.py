@@ -1,0 +1,90 @@
+"""A component of the bundle with its loaded engine: shapes in, a binding out, and every binding is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edgediffusion.bundle import Bundle, Component, TensorSpec
+from edgediffusion.errors import ArgumentError, BundleError
+from edgediffusion.registry import find
+from edgediffusion.runtimes import engine_manifest
+from edgediffusion.runtimes.engines import Binding, Session
+
+
+class Graph:
+    def __init__(self, component: Component, session: Session):
+        self.component, self.session = component, session
+        self._bindings: dict[tuple[tuple[str, int], ...], Binding] = {}
+
+    @property
+    def name(self) -> str:
+        return self.component.name
+
+    def input(self, name: str) -> TensorSpec:
+        """The spec of an input, as the engine has it.
+
+        Raises:
+            BundleError: the graph has no such input.
+        """
+        for spec in self.session.inputs:
+            if spec.name == name:
+                return spec
+        raise BundleError(f"The graph '{self.name}' has no input '{name}'", got=", ".join(s.name for s in self.session.inputs))
+
+    def bind(self, shapes: Mapping[str, Sequence[int | str]]) -> Binding:
+        """The buffers for the given shapes of some inputs and outputs, from which the sizes of the named axes follow.
+
+        Raises:
+            ArgumentError: a fixed axis has another size. BundleError: two tensors disagree about an axis.
+        """
+        key = tuple(sorted(self._axes(shapes).items()))
+        if key not in self._bindings:
+            self._bindings[key] = self.session.bind(dict(key))
+        return self._bindings[key]
+
+    def _axes(self, shapes: Mapping[str, Sequence[int | str]]) -> dict[str, int]:
+        axes: dict[str, int] = {}
+        for spec in (*self.session.inputs, *self.session.outputs):
+            wanted = shapes.get(spec.name, spec.shape)
+            if len(wanted) != len(spec.shape):
+                raise ArgumentError(
+                    f"The tensor '{spec.name}' of '{self.name}' has another rank", got=tuple(wanted), allowed=str(spec.shape)
+                )
+            for axis, size in zip(spec.shape, wanted, strict=True):
+                if isinstance(axis, int) and size != axis:
+                    raise ArgumentError(f"The tensor '{spec.name}' of '{self.name}' is fixed", got=tuple(wanted), allowed=str(spec.shape))
+                if isinstance(axis, str) and isinstance(size, int) and axes.setdefault(axis, size) != size:
+                    raise BundleError(
+                        f"Tensors of the graph '{self.name}' disagree about its axis '{axis}'", got=f"{axes[axis]} and {size}"
+                    )
+        return axes
+
+
+def open_graphs(bundle: Bundle, roles: Sequence[str], *, target: str | None, threads: int | None) -> tuple[Graph, ...]:
+    """Load the components that have one of the roles: built engines, or the ONNX files by ONNX Runtime.
+
+    Raises:
+        EngineError, BundleError, ArgumentError: see ``engine_manifest``.
+    """
+    components = [c for c in bundle.components if c.role in roles]
+    chosen = engine_manifest.choose(bundle, target)
+    if chosen == engine_manifest.ONNX:
+        engine = find("runtimes.engines", "onnxruntime")
+        files = {c.name: bundle.path / c.model for c in components}
+    else:
+        manifest = engine_manifest.read(bundle, chosen)
+        engine_manifest.check(manifest, bundle, chosen)
+        engine = find("runtimes.engines", manifest.engine)
+        files = {c.name: _built_file(bundle, manifest, chosen, c.name) for c in components}
+    return tuple(Graph(c, engine.open_session(files[c.name], threads=threads)) for c in components)
+
+
+def _built_file(bundle: Bundle, manifest: engine_manifest.EngineManifest, target: str, name: str) -> Path:
+    if name not in manifest.components:
+        raise BundleError(
+            f"The engines for '{target}' lack the component '{name}'",
+            got=", ".join(manifest.components),
+            do=f"Build them anew with: edgediffusion build {bundle.path} --target {target} -o NEW",
+        )
+    return bundle.path / engine_manifest.ENGINES / target / manifest.components[name].file

@@ -1,0 +1,244 @@
+"""A bundle that draws: engines are loaded once, buffers are bound once per shape, and the loop is the caller's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgediffusion.bundle import Bundle, Sampling
+from edgediffusion.errors import ArgumentError, BundleError, Cancelled
+from edgediffusion.runtimes import noise as noises
+from edgediffusion.runtimes.denoiser import Denoiser, Observe, guidance_embedding
+from edgediffusion.runtimes.engines import Session
+from edgediffusion.runtimes.graph import Graph, open_graphs
+from edgediffusion.runtimes.images import to_images, to_pixels
+from edgediffusion.runtimes.request import Options, Plan, Request, plan
+from edgediffusion.runtimes.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+ROLES = ("encode", "denoise", "decode")
+_LOOP_INPUTS = ("sample", "timestep", "timestep_cond")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one step. ``latents`` and the estimate of x_0, ``denoised``, are float32 [images, c, h, w]."""
+
+    index: int
+    total: int
+    timestep: float
+    latents: np.ndarray
+    denoised: np.ndarray
+    elapsed_ms: float
+    _pixels: Callable[[np.ndarray], np.ndarray] = field(repr=False)
+
+    def preview(self) -> list[Any]:
+        """Pillow images of what the network now takes the pictures to be; costs a run of the decoder."""
+        return to_images(self._pixels(self.denoised))
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one generation."""
+
+    encode_ms: float
+    step_ms: tuple[float, ...]
+    decode_ms: float
+
+    @property
+    def total_ms(self) -> float:
+        return self.encode_ms + sum(self.step_ms) + self.decode_ms
+
+
+@dataclass(frozen=True)
+class Result:
+    """``pixels`` is float32 [images, height, width, channels] in 0..1; ``latents`` is what they were decoded from."""
+
+    pixels: np.ndarray
+    latents: np.ndarray
+    seeds: tuple[int, ...]
+    timings: Timings
+    warnings: tuple[str, ...]
+
+    @property
+    def images(self) -> list[Any]:
+        """The pictures as Pillow images."""
+        return to_images(self.pixels)
+
+
+class Pipeline:
+    """Text to image with the graphs of a bundle. Not for several threads at once: they would share buffers."""
+
+    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session]):
+        """``sessions`` by component name; components without one are not used."""
+        graphs = [Graph(c, sessions[c.name]) for c in bundle.components if c.name in sessions]
+        self.bundle = bundle
+        self.sampling = _sampling(bundle)
+        self._denoise = _only(bundle, graphs, "denoise")
+        self._decode = _only(bundle, graphs, "decode") if bundle.with_role("decode") else None
+        self._encoders = tuple(TextEncoder(g, bundle.path) for g in graphs if g.component.role == "encode")
+        self._check_conditions()
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle | str | Path, *, target: str | None = None, threads: int | None = None) -> Pipeline:
+        """Load what drawing needs.
+
+        ``target`` names the engines to run, ``onnx`` the ONNX files. By default that is the only target that engines
+        were built for, or the ONNX files where none were. ``threads`` is by default all cores this process may use.
+
+        Raises:
+            BundleError: no bundle, or not one that can draw. EngineError: engines that do not fit this machine.
+            ArgumentError: no engines for that target. MissingExtra: a library is not installed.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle)
+        _sampling(bundle)  # refused before minutes of loading
+        graphs = open_graphs(bundle, ROLES, target=target, threads=threads)
+        return cls(bundle, {graph.name: graph.session for graph in graphs})
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        callback: Callable[[Step], bool | None] | None = None,
+        observe: Observe | None = None,
+        **options: Unpack[Options],
+    ) -> Result:
+        """Draw. ``options`` are the other fields of ``Request``: ``num_inference_steps``, ``guidance_scale``, ``seed``, ...
+
+        ``callback`` is called after every step; the work stops when it returns False. ``observe`` is called with the
+        number of the step and the arrays before every call of the network.
+
+        Raises:
+            ArgumentError: a value that cannot be used. Cancelled: the callback stopped the work.
+        """
+        request = Request(prompt, **options)
+        settled = plan(request, self.sampling)
+        started = time.perf_counter()
+        conditions, cut = self._conditions(settled)
+        encode_ms, times, latents = _since(started), [], None
+        for step in self._loop(request, settled, conditions, observe):
+            times.append(step.elapsed_ms)
+            latents = step.latents
+            if callback is not None and callback(step) is False:
+                raise Cancelled(f"Stopped after step {step.index + 1} of {step.total}")
+        assert latents is not None  # a plan has at least one step
+        started = time.perf_counter()
+        pixels = self._pixels(latents)
+        seeds = (request.seed,) if isinstance(request.seed, int) else tuple(request.seed)
+        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), _since(started)), (*settled.warnings, *cut))
+
+    def steps(self, prompt: str | Sequence[str], *, observe: Observe | None = None, **options: Unpack[Options]) -> Iterator[Step]:
+        """The loop itself: a generator of steps, left by ``break`` or ``close``. Arguments as for a call."""
+        request = Request(prompt, **options)
+        settled = plan(request, self.sampling)
+        conditions, _ = self._conditions(settled)
+        return self._loop(request, settled, conditions, observe)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents [images, c, h, w] of a step or a result to pixels: float32 [images, height, width, channels] in 0..1."""
+        return self._pixels(latents)
+
+    def _loop(self, request: Request, plan: Plan, conditions: Mapping[str, np.ndarray], observe: Observe | None) -> Iterator[Step]:
+        x0: np.ndarray | None = None
+
+        def denoise(x: np.ndarray, i: int) -> np.ndarray:
+            nonlocal x0
+            x0 = denoiser(x, i)
+            return x0
+
+        noise = noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
+        x = plan.points.start(_first_noise(request, plan, noise))
+        rows = plan.images * (2 if plan.classifier_free else 1)
+        shapes = {name: rows_of.shape for name, rows_of in conditions.items()}
+        binding = self._denoise.bind({**shapes, "sample": (rows, *x.shape[1:])})
+        scale = plan.guidance_scale if plan.classifier_free else None
+        denoiser = Denoiser(binding, self.sampling.prediction, plan.points, conditions, scale, observe)
+        started = time.perf_counter()
+        for i, latents in enumerate(plan.sampler.sample(denoise, x, plan.points, noise)):
+            assert x0 is not None  # a step calls the network
+            yield Step(i, len(plan.points), plan.points.at[i].timestep, latents, x0, _since(started), self._pixels)
+            started = time.perf_counter()
+
+    def _conditions(self, plan: Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        """What is fed with every call, one row per image, or two with the unconditional ones first; and warnings."""
+        texts = (*plan.negatives, *plan.prompts) if plan.classifier_free else plan.prompts
+        encoded = [encoder(text) for text in texts for encoder in self._encoders]
+        wanted = {spec.name for spec in self._denoise.session.inputs}
+        gathered: dict[str, list[np.ndarray]] = {}
+        for item in encoded:
+            for name in wanted & set(item.conditions):
+                gathered.setdefault(name, []).append(item.conditions[name])
+        conditions = {name: np.concatenate(rows) for name, rows in gathered.items()}
+        if self.sampling.guidance == "embedded":
+            row = guidance_embedding(plan.guidance_scale - 1.0, self.sampling.guidance_width)
+            conditions["timestep_cond"] = np.tile(row, (plan.images, 1))
+        cut = dict.fromkeys(item.cut for item in encoded if item.cut)
+        return conditions, tuple(f"The prompt is too long; this part of it was left out: '{text}'" for text in cut)
+
+    def _pixels(self, latents: np.ndarray) -> np.ndarray:
+        """One image after the other: a decoder's memory is the peak of the whole pipeline."""
+        latents = latents / self.sampling.latent_scale + self.sampling.latent_shift
+        if self._decode is None:
+            return to_pixels(latents)
+        (spec,), (image,) = self._decode.session.inputs, self._decode.session.outputs
+        height, width = (size * self.sampling.downsampling for size in latents.shape[2:])
+        binding = self._decode.bind({spec.name: (1, *latents.shape[1:]), image.name: (1, image.shape[1], height, width)})
+        output = binding.outputs[image.name]
+        pixels = []
+        for row in latents:
+            binding.inputs[spec.name][0] = row
+            binding.run()
+            pixels.append(to_pixels(output))
+        return np.concatenate(pixels)
+
+    def _check_conditions(self) -> None:
+        """Every input of the denoiser is given by exactly one encoder or by the loop."""
+        given = [name for encoder in self._encoders for name in encoder.names.values()]
+        twice = {name for name in given if given.count(name) > 1}
+        lacking = {spec.name for spec in self._denoise.session.inputs} - set(given) - set(_LOOP_INPUTS)
+        if twice:
+            raise BundleError("Two encoders give the same condition", got=", ".join(sorted(twice)), do="Export the pipeline again.")
+        if lacking:
+            raise BundleError(
+                f"No encoder gives what the graph '{self._denoise.name}' takes",
+                got=", ".join(sorted(lacking)),
+                allowed=", ".join(given) or "nothing",
+                do="Export the pipeline again.",
+            )
+
+
+def _sampling(bundle: Bundle) -> Sampling:
+    if bundle.sampling is None or not bundle.with_role("denoise"):
+        raise BundleError(
+            f"The bundle '{bundle.path}' cannot draw: it has no denoiser, or no facts about sampling",
+            got=", ".join(f"{c.name} ({c.role})" for c in bundle.components) or "no components",
+            do="Export a whole pipeline.",
+        )
+    return bundle.sampling
+
+
+def _only(bundle: Bundle, graphs: Sequence[Graph], role: str) -> Graph:
+    found = [graph for graph in graphs if graph.component.role == role]
+    if len(found) != 1:
+        raise BundleError(f"A pipeline runs one '{role}' graph", got=f"{len(found)} in '{bundle.path}'")
+    return found[0]
+
+
+def _first_noise(request: Request, plan: Plan, noise: noises.Noise) -> np.ndarray:
+    if request.latents is None:
+        return noise.normal(plan.latent_shape)
+    if request.latents.shape != plan.latent_shape:
+        raise ArgumentError("The latents have another shape", got=request.latents.shape, allowed=str(plan.latent_shape))
+    return request.latents.astype(np.float32)
+
+
+def _since(started: float) -> float:
+    return (time.perf_counter() - started) * 1e3

@@ -1,0 +1,141 @@
+"""What is asked of a pipeline, and the plan that follows from it: every name resolved and every number checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict, cast
+
+import numpy as np
+
+from edgediffusion.bundle import Sampling
+from edgediffusion.errors import ArgumentError
+from edgediffusion.registry import find
+from edgediffusion.runtimes.denoiser import check_predictable
+from edgediffusion.runtimes.samplers import Sampler
+from edgediffusion.runtimes.schedules import Points
+
+
+class Options(TypedDict, total=False):
+    """The optional fields of ``Request``, for the type checker."""
+
+    negative_prompt: str | Sequence[str]
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    height: int | None
+    width: int | None
+    seed: int | Sequence[int]
+    sampler: str | None
+    num_images: int
+    latents: np.ndarray | None
+    noise: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of a generation, named as in diffusers; None stands for what the bundle recommends.
+
+    A single ``seed`` is one stream of noise for all images, as with one generator in diffusers; a list has one per
+    image. ``num_images`` is per prompt. ``latents`` replace the first noise: float [images, channels, height, width].
+    ``noise`` is a flavour of ``runtimes.noise``.
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int | Sequence[int] = 0
+    sampler: str | None = None
+    num_images: int = 1
+    latents: np.ndarray | None = None
+    noise: str = "torch"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One entry of ``prompts`` and ``negatives`` per image; ``latent_shape`` is [images, channels, height, width]."""
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    latent_shape: tuple[int, int, int, int]
+    sampler: Sampler
+    points: Points
+    guidance_scale: float
+    classifier_free: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def images(self) -> int:
+        return len(self.prompts)
+
+
+def plan(request: Request, sampling: Sampling) -> Plan:
+    """Settle a request.
+
+    Raises:
+        ArgumentError: a size, a number of steps or of texts that cannot be used. UnknownName: no such sampler.
+    """
+    name = request.sampler or sampling.sampler
+    sampler = cast(Sampler, find("runtimes.samplers", name, kind="sampler"))
+    points = sampler.points(sampling.schedule, sampling.steps if request.num_inference_steps is None else request.num_inference_steps)
+    check_predictable(sampling.prediction, points, name)
+    scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    prompts, negatives = _texts(request)
+    return Plan(
+        prompts=prompts,
+        negatives=negatives,
+        latent_shape=(len(prompts), sampling.latent_channels, *_latent_size(request, sampling)),
+        sampler=sampler,
+        points=points,
+        guidance_scale=scale,
+        classifier_free=sampling.guidance == "classifier-free" and scale > 1,
+        warnings=_warnings(request, sampling, scale),
+    )
+
+
+def _texts(request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Prompt and negative prompt of each image: all images of the first prompt, then those of the second, and so on."""
+    prompts = (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+    if not prompts:
+        raise ArgumentError("The list of prompts is empty", do="Give at least one; it may be an empty text.")
+    if request.num_images < 1:
+        raise ArgumentError("The number of images per prompt cannot be used", got=request.num_images, allowed="1 and more")
+    negatives = (request.negative_prompt,) * len(prompts) if isinstance(request.negative_prompt, str) else tuple(request.negative_prompt)
+    if len(negatives) != len(prompts):
+        raise ArgumentError("A list of negative prompts has one per prompt", got=f"{len(negatives)} for {len(prompts)} prompts")
+    each = range(request.num_images)
+    return tuple(p for p in prompts for _ in each), tuple(n for n in negatives for _ in each)
+
+
+def _latent_size(request: Request, sampling: Sampling) -> tuple[int, int]:
+    height, width = (own if asked is None else asked for asked, own in ((request.height, sampling.height), (request.width, sampling.width)))
+    if sampling.fixed_size and (height, width) != (sampling.height, sampling.width):
+        raise ArgumentError(
+            "This network draws one size only",
+            got=f"{height} x {width} (height x width)",
+            allowed=f"{sampling.height} x {sampling.width}",
+            do="Leave the size out, or export with dynamic sizes where the network can do them.",
+        )
+    multiple = sampling.size_multiple
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        near = " x ".join(str(max(multiple, round(size / multiple) * multiple)) for size in (height, width))
+        raise ArgumentError(
+            "The size of the picture cannot be used",
+            got=f"{height} x {width} (height x width)",
+            allowed=f"multiples of {multiple}",
+            do=f"The nearest is {near}.",
+        )
+    return height // sampling.downsampling, width // sampling.downsampling
+
+
+def _warnings(request: Request, sampling: Sampling, scale: float) -> tuple[str, ...]:
+    found = []
+    if sampling.guidance == "none" and request.guidance_scale is not None:
+        found.append("guidance_scale has no effect: this network takes no guidance.")
+    if request.negative_prompt and sampling.guidance != "classifier-free":
+        found.append("negative_prompt has no effect: it needs classifier-free guidance, which this network does not use.")
+    elif request.negative_prompt and scale <= 1:
+        found.append(f"negative_prompt has no effect at guidance_scale {scale:g}: it takes a scale above 1.")
+    return tuple(found)

@@ -1,0 +1,24 @@
+"""Euler's method on a rectified flow: Esser et al. 2024 (2403.03206).
+
+x + (sigma' - sigma) v with v = noise - x_0 = (x - x_0) / sigma is DDIM's update at alpha = 1 - sigma.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgediffusion.bundle import NoiseSchedule
+from edgediffusion.runtimes.samplers.ddim import sample
+from edgediffusion.runtimes.schedules import Points, check_steps, flow, require_kind, shifted
+
+__all__ = ["ORDER", "points", "sample"]
+
+ORDER = 1.0
+
+
+def points(schedule: NoiseSchedule, steps: int) -> Points:
+    """As diffusers' FlowMatchEulerDiscreteScheduler spaces them: its smallest sigma is shifted twice."""
+    require_kind(schedule, "flow-euler", is_flow=True)
+    check_steps(steps, schedule.train_steps)
+    smallest = float(shifted(schedule, np.array(1.0 / schedule.train_steps)))
+    return flow(schedule, shifted(schedule, np.linspace(1.0, smallest, steps)))

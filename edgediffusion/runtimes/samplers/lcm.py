@@ -1,0 +1,46 @@
+"""Multistep consistency sampling of a latent consistency model: Luo et al. 2023 (2310.04378), algorithm 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from edgediffusion.bundle import NoiseSchedule
+from edgediffusion.errors import ArgumentError
+from edgediffusion.runtimes.noise import Noise
+from edgediffusion.runtimes.samplers import Denoise
+from edgediffusion.runtimes.schedules import Points, alpha_bars, require_kind, variance_preserving
+
+ORDER = 0.0
+SOLVER_STEPS = 50  # of the solver that the students were distilled from: they know its timesteps only
+TIMESTEP_SCALING = 10.0
+SIGMA_DATA = 0.5
+
+
+def points(schedule: NoiseSchedule, steps: int) -> Points:
+    """Evenly picked from the timesteps of the distillation's solver, from the noisiest down."""
+    require_kind(schedule, "lcm", is_flow=False)
+    solver = min(SOLVER_STEPS, schedule.train_steps)
+    if not 1 <= steps <= solver:
+        raise ArgumentError("The number of steps of the sampler 'lcm' cannot be used", got=steps, allowed=f"1 to {solver}")
+    known = np.arange(solver, 0, -1) * (schedule.train_steps // solver) - 1
+    picked = known[np.floor(np.linspace(0, solver, steps, endpoint=False)).astype(int)]
+    bars = alpha_bars(schedule)
+    return Points.chain(tuple(variance_preserving(bars, int(t)) for t in picked))
+
+
+def boundary(timestep: float) -> tuple[float, float]:
+    """c_skip and c_out: at timestep 0 the consistency function is the identity. Appendix A of the paper."""
+    t = timestep * TIMESTEP_SCALING
+    return SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2), t / math.sqrt(t**2 + SIGMA_DATA**2)
+
+
+def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise) -> Iterator[np.ndarray]:
+    for i, (at, to) in enumerate(points):
+        c_skip, c_out = boundary(at.timestep)
+        x = c_skip * x + c_out * denoise(x, i)
+        if i < len(points) - 1:
+            x = to.alpha * x + to.sigma * noise.normal(x.shape)
+        yield x
