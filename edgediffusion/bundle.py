@@ -226,6 +226,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _from_json(path: Path, content: dict[str, Any]) -> Bundle:
     try:
+        _refuse_unknown("the manifest", content, {"format", "family", "components", "sampling", "history", "files"})
         return Bundle(
             path=path,
             family=content["family"],
@@ -239,10 +240,13 @@ def _from_json(path: Path, content: dict[str, Any]) -> Bundle:
 
 
 def _record(kind: type, content: Mapping[str, Any]) -> Any:
-    unknown = set(content) - {f.name for f in fields(kind)}
-    if unknown:
-        raise TypeError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+    _refuse_unknown(kind.__name__, content, {f.name for f in fields(kind)})
     return kind(**content)
+
+
+def _refuse_unknown(what: str, content: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := set(content) - known:
+        raise TypeError(f"{what} has no field {', '.join(sorted(unknown))}")
 
 
 def _component(content: Mapping[str, Any]) -> Component:

@@ -7,6 +7,7 @@ behind is removed by the next one. A rename within one folder is atomic on every
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -108,7 +109,7 @@ def _refuse_existing(path: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove what killed runs with this destination left: their process ids are no longer alive."""
-    for left in path.parent.glob(f".{path.stem}*{_PARTIAL}*"):
+    for left in path.parent.glob(f".{glob.escape(path.stem)}*{_PARTIAL}*"):
         pid = left.name.rsplit(_PARTIAL, 1)[1].split(".")[0]
         if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
