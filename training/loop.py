@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 
 RUNS = Path(__file__).parent / "runs"
+# One thread fewer than cores: threads of one process wait for each other hundreds of times a step, and as soon as
+# anything else wants a core, two threads on two cores are slower than one (0.8 steps a second against 2 to 4).
+THREADS = int(os.environ.get("TRAINING_THREADS", max(1, (os.cpu_count() or 2) - 1)))
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Trainer:
     """Weights, their moving average, the optimizer and the files of one run."""
 
     def __init__(self, name: str, modules: dict[str, torch.nn.Module], plan: Plan):
+        torch.set_num_threads(THREADS)
         self.folder = RUNS / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name, self.plan = name, plan
@@ -132,13 +136,13 @@ class Trainer:
         )
 
     def _plot(self) -> None:
+        if len(self.losses) < 2:
+            return
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        if len(self.losses) < 2:
-            return
         figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
         axes.plot(*zip(*self.losses, strict=True))
         axes.set(title=self.name, xlabel="step", ylabel="loss", yscale="log")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -12,6 +14,8 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training import data
 
 TOKENS = 16
 TEXT_WIDTH = 128
@@ -28,6 +32,7 @@ SCHEDULE = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
+    "steps_offset": 1,  # of no effect with trailing steps; StableDiffusionPipeline warns about any other value
 }
 
 
@@ -108,14 +113,18 @@ def tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
     trained.train_from_iterator(captions, trainer)
-    import json
-
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(m) for m in model["merges"]]
     # CLIP's order: bytes, bytes that end a word, merges, then the two marks, the end mark last of all.
     words = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     words = [*dict.fromkeys(words), START, END]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=TOKENS, pad_token=END)
+
+
+def fashion_tokenizer() -> CLIPTokenizer:
+    """Of every caption of ``fashion``; always the same one."""
+    captions = [c for label in range(10) for tone in (None, 0, 1, 2) for c in data.fashion_captions(label, tone)]
+    return tokenizer(captions, vocabulary=2000)
 
 
 def diffusion_schedule() -> DDIMScheduler:

@@ -29,6 +29,7 @@ PLANS = {
 }
 UNCONDITIONAL_PART = 0.1
 GUIDANCE_RANGE = (1.5, 7.0)
+GUIDANCE_WIDTH = 256
 SOLVER_STEPS = 50
 
 
@@ -95,7 +96,7 @@ class FashionCaptions:
         self.labels, self.tones = torch.from_numpy(arrays["train_labels"]), torch.from_numpy(arrays["train_tones"])
         groups = [[data.fashion_captions(label, tone) for tone in (None, 0, 1, 2)] for label in range(10)]
         captions = [c for tones in groups for group in tones for c in group]
-        self.tokenizer = networks.tokenizer(captions, vocabulary=2000)
+        self.tokenizer = networks.fashion_tokenizer()
         self.ids = token_ids(self.tokenizer, ["", *captions])
         first, count, at = torch.zeros(10, 4, dtype=torch.long), torch.zeros(10, 4, dtype=torch.long), 1
         for label in range(10):
@@ -175,9 +176,7 @@ def train_dit(name: str) -> None:
     z, _ = latents("fashion")
     captions = FashionCaptions()
     torch.manual_seed(0)
-    encoders = [networks.text_encoder(captions.tokenizer, width=networks.TEXT_WIDTH // 2, projection=True) for _ in range(2)]
-    modules = {"transformer": networks.transformer(), "text_encoder": encoders[0], "text_encoder_2": encoders[1]}
-    trainer = Trainer(name, modules, PLANS[name])
+    trainer = Trainer(name, dit_modules(captions.tokenizer), PLANS[name])
     transformer = trainer.modules["transformer"]
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
@@ -192,6 +191,11 @@ def train_dit(name: str) -> None:
         return F.mse_loss(velocity.float(), noise - x0)
 
     trainer.run(loss_of)
+
+
+def dit_modules(tokenizer) -> dict[str, torch.nn.Module]:
+    encoders = [networks.text_encoder(tokenizer, width=networks.TEXT_WIDTH // 2, projection=True) for _ in range(2)]
+    return {"transformer": networks.transformer(), "text_encoder": encoders[0], "text_encoder_2": encoders[1]}
 
 
 def sd3_conditions(modules, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,12 +230,11 @@ def train_lcm(name: str) -> None:
     source = Trainer("fashion", {"unet": networks.unet(8), "text_encoder": networks.text_encoder(captions.tokenizer)}, PLANS["fashion"])
     source.swap()
     teacher, text_encoder = (source.modules[n].eval().requires_grad_(False) for n in ("unet", "text_encoder"))
-    student = networks.unet(8, time_cond_proj_dim=256)
+    student = networks.unet(8, time_cond_proj_dim=GUIDANCE_WIDTH)
     student.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    trainer = Trainer(name, {"unet": student}, PLANS[name])
-    student = trainer.modules["unet"]
     target = copy.deepcopy(student).requires_grad_(False)
+    trainer = Trainer(name, {"unet": student, "target": target}, PLANS[name])
     alpha_bar = networks.diffusion_schedule().alphas_cumprod.to(device())
     with torch.no_grad():
         context = text_encoder(captions.ids.to(device())).last_hidden_state
@@ -272,7 +275,7 @@ def consistency(unet, alpha_bar, x, t, context, w) -> torch.Tensor:
     return c_skip * x + c_out * (a * x - s * v)
 
 
-def guidance_embedding(w: torch.Tensor, width: int = 256) -> torch.Tensor:
+def guidance_embedding(w: torch.Tensor, width: int = GUIDANCE_WIDTH) -> torch.Tensor:
     frequency = torch.exp(torch.arange(width // 2, device=w.device) * -(math.log(10000.0) / (width // 2 - 1)))
     angle = 1000 * w[:, None] * frequency
     return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
