@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 from edgediffusion import __version__, targets
-from edgediffusion.cli._show import size, table
 from edgediffusion.errors import ArgumentError
+from edgediffusion.text import size, table
 
 _PACKAGE = "edgediffusion"
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")

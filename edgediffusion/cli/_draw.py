@@ -44,36 +44,34 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Drawn:
+    """What was drawn: the files, and what it takes to draw them again."""
+
     files: tuple[str, ...]
-    seed: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    encode_ms: float
+    step_ms: tuple[float, ...]
+    decode_ms: float
     warnings: tuple[str, ...]
 
 
 def draw(
-    bundle: Path,
-    prompt: str,
-    drawing: Drawing,
-    *,
-    target: str | None,
-    progress: Callable[[str, float], None],
-    images: int,
-    steps: int | None,
-    seed: int,
-    **settings: Any,
+    bundle: Path, prompts: Sequence[str], drawing: Drawing, *, target: str | None, progress: Callable[[str, float], None], **options: Any
 ) -> Drawn:
-    """Draw ``images`` pictures and write them as ``drawing`` says. ``settings`` are the pipeline's own arguments."""
-    files = drawing.files(images)
+    """Draw and write the pictures as ``drawing`` says. ``options`` are those of ``runtimes.Request``."""
+    files = drawing.files(len(prompts) * options["num_images"])
     require("PIL", extra="cpu", purpose="Writing a picture")
     from edgediffusion.runtimes import Pipeline
 
     progress("loading", 0.0)
     pipeline = Pipeline.from_bundle(Bundle.open(bundle), target=target)
-    result = pipeline(prompt, num_inference_steps=steps, num_images=images, seed=seed, callback=_steps(progress), **settings)
+    result = pipeline(prompts, callback=lambda step: progress("sampling", (step.index + 1) / step.total), **options)
     pictures = result.images if len(files) > 1 else [grid(result.images)]
     for file, picture in zip(files, pictures, strict=True):
         with new_file(file, replace=drawing.force) as partial:
             picture.save(partial, format=_FORMATS[file.suffix.lower()])
-    return Drawn(tuple(map(str, files)), seed, tuple(result.warnings))
+    times = result.timings
+    return Drawn(tuple(map(str, files)), tuple(prompts), result.seeds, times.encode_ms, times.step_ms, times.decode_ms, result.warnings)
 
 
 def grid(pictures: Sequence[Any]) -> Any:
@@ -89,10 +87,3 @@ def grid(pictures: Sequence[Any]) -> Any:
     for number, picture in enumerate(pictures):
         sheet.paste(picture, (number % columns * (width + _GAP), number // columns * (height + _GAP)))
     return sheet
-
-
-def _steps(progress: Callable[[str, float], None]) -> Any:
-    def callback(step: int, steps: int, *_: Any) -> None:
-        progress("sampling", step / steps)
-
-    return callback

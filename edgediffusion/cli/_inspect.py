@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from edgediffusion.bundle import Bundle, TensorSpec
-from edgediffusion.cli._show import size, table
+from edgediffusion.text import size, table
 
 
 def content(bundle: Bundle) -> dict[str, Any]:

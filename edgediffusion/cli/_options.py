@@ -12,6 +12,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+engines_option = click.option("--target", default=None, help="Which of the bundle's engines to run, 'onnx' for its ONNX files.")
 source_option = click.option(
     "--source", required=True, type=click.Path(path_type=Path), help="The diffusers folder that the bundle was exported from."
 )
@@ -28,11 +29,5 @@ def output_option(metavar: str, what: str) -> Callable[[_F], _F]:
     return click.option("-o", "--output", required=True, metavar=metavar, type=click.Path(path_type=Path), help=what)
 
 
-def target_option(*, required: bool = False, default: str | None = None) -> Callable[[_F], _F]:
-    return click.option(
-        "--target",
-        required=required,
-        default=default,
-        show_default=default is not None,
-        help="A name that 'edgediffusion targets' lists, or a TOML file.",
-    )
+def target_option(**settings: Any) -> Callable[[_F], _F]:
+    return click.option("--target", help="A name that 'edgediffusion targets' lists, or a file that ends in .toml.", **settings)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edgediffusion.bundle import Bundle
+from edgediffusion.text import size, table
 
 
 def show(value: Any, text: str, *, as_json: bool) -> None:
@@ -30,17 +31,6 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)  # NumPy's scalars
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns under their heads; numbers to the right, words to the left."""
-    cells = [[str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
-    lines = [list(head), ["-" * w for w in widths], *cells]
-    return "\n".join(
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in lines
-    )
-
-
 def facts(record: Any) -> str:
     """A dataclass as text: its plain fields one a line, then every field that is a sequence of records as a table."""
     content = {name.replace("_", " "): value for name, value in plain(record).items()}
@@ -55,15 +45,6 @@ def _brief(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     return ", ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def size(count: float) -> str:
-    """Bytes for a person: ``3.1 MB``; powers of ten, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def bundle_summary(bundle: Bundle) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from edgediffusion.cli._options import bundle_argument, json_option, target_option
+from edgediffusion.cli._options import bundle_argument, engines_option, json_option
 
 
 @click.command()
 @bundle_argument
-@target_option()
+@engines_option
 @click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="Timed runs of every part.")
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Runs before the first timed one.")
 @click.option(
@@ -29,8 +29,8 @@ def command(bundle: Path, target: str | None, runs: int, warmup: int, steps: int
     from edgediffusion.cli._progress import Progress
     from edgediffusion.cli._show import show
     from edgediffusion.profiles import profile
-    from edgediffusion.profiles.report import table
+    from edgediffusion.profiles.report import profile_table
 
     with Progress() as progress:
         measured = profile(Bundle.open(bundle), target=target, runs=runs, warmup=warmup, steps=steps, progress=progress)
-    show(measured, table(measured), as_json=as_json)
+    show(measured, profile_table(measured), as_json=as_json)

@@ -14,7 +14,7 @@ from edgediffusion.registry import names
 @click.option(
     "--recipe", default="int8", show_default=True, help=f"One of: {', '.join(names('optimize.recipes', '.toml'))}; or a TOML file."
 )
-@target_option(default="cpu-x86-64")
+@target_option(default="cpu-x86-64", show_default=True)
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
 def command(bundle: Path, state: Path, recipe: str, target: str, output: Path, as_json: bool) -> None:

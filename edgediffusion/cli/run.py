@@ -7,35 +7,36 @@ import click
 
 from edgediffusion.cli._options import (
     bundle_argument,
+    engines_option,
     guidance_option,
     json_option,
     output_option,
     seed_option,
-    steps_option,
-    target_option,
 )
 from edgediffusion.registry import names
 
 
 @click.command()
 @bundle_argument
-@click.option("--prompt", required=True, help="What the picture shows.")
-@click.option("--negative-prompt", default=None, help="What it should not show.")
-@steps_option
+@click.option("--prompt", "prompts", required=True, multiple=True, help="What the picture shows; may be given several times.")
+@click.option("--negative-prompt", default="", help="What it should not show.")
+@click.option("--steps", "num_inference_steps", type=click.IntRange(min=1), default=None, help="The bundle says by default.")
 @click.option("--sampler", default=None, help=f"One of: {', '.join(names('runtimes.samplers'))}; the bundle says by default.")
 @guidance_option
 @click.option("--height", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
 @click.option("--width", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
-@click.option("--images", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures to draw.")
+@click.option(
+    "--images", "num_images", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures to draw of each prompt."
+)
 @click.option(
     "--layout", type=click.Choice(["grid", "files"]), default="grid", show_default=True, help="Several pictures in one, or numbered files."
 )
 @seed_option
-@target_option()
+@engines_option
 @output_option("IMAGE", "The picture to write: .png, .jpg or .webp.")
 @click.option("--force", is_flag=True, help="Replace pictures that exist.")
 @json_option
-def command(bundle: Path, prompt: str, target: str | None, output: Path, layout: str, force: bool, as_json: bool, **settings: Any) -> None:
+def command(output: Path, layout: str, force: bool, as_json: bool, **options: Any) -> None:
     """Draw a picture with a BUNDLE.
 
     \b
@@ -47,7 +48,7 @@ def command(bundle: Path, prompt: str, target: str | None, output: Path, layout:
     from edgediffusion.cli._show import show
 
     with Progress() as progress:
-        drawn = draw(bundle, prompt, Drawing(output, layout, force), target=target, progress=progress, **settings)
+        drawn = draw(drawing=Drawing(output, layout, force), progress=progress, **options)
     for warning in drawn.warnings:
         click.echo(f"Warning: {warning}", err=True)
     show(drawn, "\n".join(drawn.files), as_json=as_json)

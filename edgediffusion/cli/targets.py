@@ -15,7 +15,8 @@ def command(as_json: bool) -> None:
       edgediffusion targets
     """
     from edgediffusion import targets
-    from edgediffusion.cli._show import show, table
+    from edgediffusion.cli._show import show
+    from edgediffusion.text import table
 
     known = [targets.load(name) for name in targets.names()]
     rows = [(t.name, ", ".join(t.engines), ", ".join(t.formats), t.opset, t.summary) for t in known]
