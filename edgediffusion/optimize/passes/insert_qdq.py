@@ -38,6 +38,7 @@ class _Layer:
     node: ir.Node
     weight: ir.Value
     transposed: bool
+    dtype: ir.DataType  # that the node computes in
 
 
 def insert_qdq(model: ir.Model, ranges: Mapping[str, LayerRanges], recipe: Recipe, placement: Placement) -> Report:
@@ -79,15 +80,18 @@ def _layers(graph: ir.Graph) -> list[_Layer]:
     for node in graph:
         if node.op_type not in LAYER_OPS or node.domain not in ("", "ai.onnx"):
             continue
-        value, transposed = node.inputs[1], False
+        value, transposed, dtype = node.inputs[1], False, None
         while value is not None and not value.is_initializer():
             producer = value.producer()
             if producer is None or producer.op_type not in ("Cast", "Transpose"):
                 break
             transposed ^= producer.op_type == "Transpose"
+            if producer.op_type == "Cast" and dtype is None:
+                dtype = ir.DataType(producer.attributes["to"].as_int())
             value = producer.inputs[0]
         if value is not None and value.is_initializer() and value.name is not None and value.name.endswith(".weight"):
-            found.append(_Layer(value.name.removesuffix(".weight"), node, value, transposed))
+            own = value.const_value.dtype if value.const_value is not None else ir.DataType.FLOAT
+            found.append(_Layer(value.name.removesuffix(".weight"), node, value, transposed, dtype or own))
     return found
 
 
@@ -114,24 +118,26 @@ class _Writer:
         source = node.inputs[0]
         assert source is not None
         if source not in self.activations:
-            self.activations[source] = self._activation(source, bounds.input, before=node)
+            self.activations[source] = self._activation(source, bounds.input, layer.dtype, before=node)
         node.replace_input_with(0, self.activations[source])
         node.replace_input_with(1, self._weight(layer, bounds))
         if node.op_type in self.placement.outputs:
             output = node.outputs[0]
             uses = list(output.uses())
-            quantized = self._activation(output, bounds.output, after=node)
+            quantized = self._activation(output, bounds.output, layer.dtype, after=node)
             self.activations[output] = quantized
             for use in uses:
                 use.node.replace_input_with(use.idx, quantized)
 
-    def _activation(self, value: ir.Value, bounds: TensorRange, *, before: ir.Node | None = None, after: ir.Node | None = None) -> ir.Value:
+    def _activation(
+        self, value: ir.Value, bounds: TensorRange, dtype: ir.DataType, *, before: ir.Node | None = None, after: ir.Node | None = None
+    ) -> ir.Value:
         scale, zero = activation_scale(bounds, self.placement.activations)
-        scale = scale.astype(_numpy_type(value))
+        scale = scale.astype(dtype.numpy())
         q = ir.node("QuantizeLinear", [value, *self._scales(f"{value.name}.q", scale, zero)])
         dq = ir.node("DequantizeLinear", [q.outputs[0], *self._scales(f"{value.name}.dq", scale, zero)])
         q.outputs[0].name, dq.outputs[0].name = f"{value.name}.quantized", f"{value.name}.dequantized"
-        dq.outputs[0].dtype, dq.outputs[0].shape = value.dtype, value.shape
+        dq.outputs[0].dtype, dq.outputs[0].shape = dtype, value.shape
         if after is not None:
             self.graph.insert_after(after, [q, dq])
         elif before is not None:
@@ -149,12 +155,10 @@ class _Writer:
         if key not in self.weights:
             name = f"{layer.name}.weight"
             q = self._constant(f"{name}.int8" + (".transposed" if layer.transposed else ""), weight)
-            of = layer.node.inputs[1]
-            assert of is not None
-            scales = self._scales(f"{name}.dq", scale.astype(_numpy_type(of)), np.zeros(scale.shape, np.int8))
+            scales = self._scales(f"{name}.dq", scale.astype(layer.dtype.numpy()), np.zeros(scale.shape, np.int8))
             dq = ir.node("DequantizeLinear", [q, *scales], attributes={"axis": axis})
             dq.outputs[0].name = f"{name}.dequantized"
-            dq.outputs[0].dtype, dq.outputs[0].shape = of.dtype, ir.Shape(weight.shape)
+            dq.outputs[0].dtype, dq.outputs[0].shape = layer.dtype, ir.Shape(weight.shape)
             self.graph.insert_before(layer.node, [dq])
             self.weights[key] = dq.outputs[0]
         return self.weights[key]
@@ -175,10 +179,6 @@ def _output_axis(layer: _Layer) -> int:
         return 0
     rank = layer.weight.shape.rank() if layer.weight.shape is not None else 2
     return rank - 1 if layer.transposed else 0
-
-
-def _numpy_type(value: ir.Value) -> np.dtype:
-    return np.dtype(np.float16 if value.dtype == ir.DataType.FLOAT16 else np.float32)
 
 
 def _drop_unused(graph: ir.Graph) -> None:

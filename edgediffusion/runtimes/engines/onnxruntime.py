@@ -22,6 +22,9 @@ from edgediffusion.runtimes.engines import resolve
 suffix = ".optimized.onnx"
 
 _ERRORS_ONLY = 3
+# Fused to a Gemm, a quantized linear layer with a bias falls back to float; apart, it becomes one int8 product. For
+# float layers the fusion makes no difference (benchmarks/qdq_placement.py).
+_UNWANTED_FUSIONS = ("MatMulAddFusion",)
 _SMALLEST_OUTSIDE_BYTES = 1024
 _DTYPES = {
     "tensor(float)": "float32",
@@ -51,7 +54,7 @@ def build(model: Path, engine: Path, *, threads: int | None = None) -> None:
     options.add_session_config_entry(prefix + "file_name", engine.name + ".data")
     options.add_session_config_entry(prefix + "min_size_in_bytes", str(_SMALLEST_OUTSIDE_BYTES))
     with _mapped(f"ONNX Runtime could not optimize '{model.parent.name}/{model.name}'"):
-        _library().InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        _session(model, options)
 
 
 def open_session(file: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
@@ -62,7 +65,7 @@ def open_session(file: Path, *, threads: int | None = None) -> OnnxRuntimeSessio
     """
     options = _options(threads, optimize=not file.name.endswith(suffix))
     with _mapped(f"ONNX Runtime could not load '{file.parent.name}/{file.name}'"):
-        return OnnxRuntimeSession(_library().InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
+        return OnnxRuntimeSession(_session(file, options))
 
 
 class OnnxRuntimeSession:
@@ -102,6 +105,12 @@ class OnnxRuntimeBinding:
 
 def _library() -> Any:
     return require("onnxruntime", extra="cpu", purpose="Running on this CPU")
+
+
+def _session(file: Path, options: Any) -> Any:
+    return _library().InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_UNWANTED_FUSIONS)
+    )
 
 
 def _options(threads: int | None, *, optimize: bool) -> Any:
