@@ -142,11 +142,7 @@ def test_dpmpp_2m_on_a_flow_equals_diffusers(shift: float, steps: int) -> None:
         sigma = float(scheduler.sigmas[scheduler.step_index or 0])
         return 1 - sigma, sigma
 
-    expected = theirs(scheduler, "flow", steps, point)
-    # diffusers' float32 lambda = log((1 - sigma) / sigma) near sigma = 1 loses 6e-8 / (1 - sigma) = 2e-4 at shift 3: the
-    # first steps, of nearly no signal, come out that much different, and 1e-4 of it is left in the picture.
-    found = ours("dpmpp-2m", replace(FLOW, shift=shift), "flow", steps)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert_same_picture(ours("dpmpp-2m", replace(FLOW, shift=shift), "flow", steps), theirs(scheduler, "flow", steps, point))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp-2m"])

@@ -1,0 +1,85 @@
+"""Token ids against transformers' CLIPTokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgediffusion.bundle import Tokenizer
+from edgediffusion.errors import BundleError
+from edgediffusion.runtimes.tokenizers import TextTokenizer
+
+from .tiny import write_tokenizer
+
+LENGTH = 12
+TEXTS = (
+    "a photo of a red shirt",
+    "",
+    "   ",
+    "A PHOTO, of: a Shirt!!",
+    "naïve café — schön",
+    "漢字 🙂 emoji",
+    "it's  a\tnew\nline",
+    "word " * 40,
+    "a very long text that has certainly more tokens than fit into twelve places of a row",
+    "<|endoftext|> in the middle <|startoftext|>",
+)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A small tokenizer of CLIP's kind, learned from the texts, and the folder that transformers saved it to."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    learned = Library(models.BPE(end_of_word_suffix="</w>"))
+    learned.normalizer = normalizers.Lowercase()
+    learned.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    learned.train_from_iterator(TEXTS, trainer)
+    merges = [tuple(m) for m in json.loads(learned.to_str())["model"]["merges"]]
+    words = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer.save_pretrained(folder)
+    return tokenizer, folder
+
+
+def test_equals_transformers(clip: tuple[Any, Path]) -> None:
+    theirs, folder = clip
+    ours = TextTokenizer(Tokenizer("tokenizer.json", LENGTH, theirs.pad_token_id), folder)
+    expected = theirs(list(TEXTS), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np").input_ids
+    found = ours(TEXTS)
+    assert found.ids.dtype == np.int64
+    np.testing.assert_array_equal(found.ids, expected)
+
+
+def test_equals_transformers_one_by_one(clip: tuple[Any, Path]) -> None:
+    theirs, folder = clip
+    ours = TextTokenizer(Tokenizer("tokenizer.json", LENGTH, theirs.pad_token_id), folder)
+    for text in TEXTS:
+        expected = theirs(text, padding="max_length", truncation=True, max_length=LENGTH).input_ids
+        assert ours([text]).ids[0].tolist() == expected, text
+
+
+def test_says_what_did_not_fit(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    tokenize = TextTokenizer(Tokenizer("tokenizer.json", 6, 1), tmp_path)
+    tokens = tokenize(["a red shirt", "a very very big red shirt of a cat", "a very very big"])
+    assert tokens.cut == ("", "red shirt of a cat", "")
+    assert tokens.ids.tolist()[0] == [0, 3, 4, 6, 1, 1]  # start, three words, end, padding with the end mark
+
+
+def test_a_damaged_file_is_the_bundles_fault(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match="tokenizer"):
+        TextTokenizer(Tokenizer("tokenizer.json", 6, 1), tmp_path)
