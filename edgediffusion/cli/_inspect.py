@@ -28,6 +28,7 @@ def text(bundle: Bundle) -> str:
         f"{bundle.path}: {bundle.family}, {size(bundle.size_bytes())}, digest {bundle.digest[:12]}",
         table(("component", "role", "size"), [(c.name, c.role, size(bundle.size_bytes(f"{c.name}/"))) for c in bundle.components]),
         table(("component", "", "tensor", "type", "shape"), _tensors(bundle)),
+        "tokenizers\n" + (_lines({c.name: f"{t.file}, {t.length} tokens" for c in bundle.components if (t := c.tokenizer)}) or "  none"),
         "sampling\n" + (_lines(asdict(bundle.sampling)) if bundle.sampling else "  none: this bundle has no sampling loop"),
         "engines\n" + (_lines({t: size(bundle.size_bytes(f"engines/{t}/")) for t in bundle.targets}) or "  none yet: edgediffusion build"),
         "history\n" + (_lines({verb.name: _words(verb.arguments) for verb in bundle.history}) or "  none"),

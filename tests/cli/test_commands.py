@@ -1,0 +1,181 @@
+"""What each command hands to its library function, and what it prints of the answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgediffusion.bundle import Bundle
+from edgediffusion.cli import main
+from edgediffusion.cli._progress import Progress
+
+Make = Callable[[Path], Bundle]
+
+
+@dataclass(frozen=True)
+class Answer:
+    name: str = "answer"
+    error_db: float = 41.23456
+    rows: tuple[dict[str, float], ...] = ({"largest_error": 0.25},)
+
+
+class Library:
+    """Stands for the library functions: remembers how it was called, and answers what it was told to."""
+
+    def __init__(self, answer: object):
+        self.answer = answer
+        self.arguments: tuple[Any, ...] = ()
+        self.settings: dict[str, Any] = {}
+
+    def __call__(self, *arguments: Any, **settings: Any) -> object:
+        self.arguments, self.settings = arguments, settings
+        if "progress" in settings:
+            settings.pop("progress")("working", 1.0)
+        return self.answer
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, make_bundle: Make) -> Bundle:
+    return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Library]:
+    def put(module: str, name: str, answer: object = bundle, **others: object) -> Library:
+        fake = ModuleType(module)
+        stand_in = Library(answer)
+        for key, value in {name: stand_in, **others}.items():
+            setattr(fake, key, value)
+        monkeypatch.setitem(sys.modules, module, fake)
+        return stand_in
+
+    return put
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [("fp32", "float32"), ("fp16", "float16")])
+def test_export(library: Callable[..., Library], bundle: Bundle, flag: str, dtype: str) -> None:
+    export = library("edgediffusion.export", "export")
+    result = run("export", "source", "-o", "out", "--dtype", flag, "--opset", 20, "--weights", "copy")
+    assert export.arguments == (Path("source"), Path("out"))
+    assert export.settings == {"dtype": dtype, "opset": 20, "weights": "copy"}
+    assert result.stdout.startswith("out: text_encoder, unet; ")
+    assert "working" in result.stderr
+    answer = json.loads(run("export", "source", "-o", "out", "--json").stdout)
+    assert answer["digest"] == bundle.digest
+    assert answer["components"] == ["text_encoder", "unet"]
+
+
+def test_calibrate(library: Callable[..., Library], bundle: Bundle, tmp_path: Path) -> None:
+    calibrate = library("edgediffusion.optimize", "calibrate", Answer())
+    (tmp_path / "prompts").write_text("a shoe\n\n  a bag \n", encoding="utf-8")
+    settings = ("--strategy", "ndtc", "--samples", 3, "--steps", 4, "--seed", 5, "--prompts", tmp_path / "prompts", "--guidance-scale", 2)
+    result = run("calibrate", bundle.path, "--source", "pipeline", *settings, "-o", "state.json")
+    assert calibrate.arguments == (bundle,)
+    assert calibrate.settings == {
+        "source": Path("pipeline"),
+        "output": Path("state.json"),
+        "prompts": ("a shoe", "a bag"),
+        "strategy": "ndtc",
+        "samples": 3,
+        "steps": 4,
+        "seed": 5,
+        "guidance_scale": 2.0,
+        "sampler": None,
+    }
+    assert result.stdout == "state.json: calibrated\n"
+
+
+def test_quantize(library: Callable[..., Library], bundle: Bundle) -> None:
+    quantize = library("edgediffusion.optimize", "quantize")
+    run("quantize", bundle.path, "--state", "state.json", "-o", "out")
+    assert quantize.arguments == (bundle, Path("state.json"), Path("out"))
+    assert quantize.settings == {"recipe": "int8", "target": "cpu-x86-64"}
+
+
+def test_build(library: Callable[..., Library], bundle: Bundle) -> None:
+    build = library("edgediffusion.runtimes.build", "build")
+    run("build", bundle.path, "--target", "cpu-x86-64", "-o", "out")
+    assert build.arguments == (bundle, Path("out"))
+    assert build.settings == {"target": "cpu-x86-64"}
+
+
+def test_validate(library: Callable[..., Library], bundle: Bundle) -> None:
+    validate = library("edgediffusion.export.validate", "validate", Answer())
+    monkey = library("edgediffusion.export", "export")
+    result = run("validate", bundle.path, "--source", "pipeline", "--prompt", "a", "--prompt", "b")
+    assert validate.arguments == (bundle, Path("pipeline"))
+    assert validate.settings["prompts"] == ("a", "b")
+    assert result.stdout == "name: answer\nerror db: 41.23\n\nrows\nlargest error\n-------------\n         0.25\n"
+    assert not monkey.arguments
+    answer = json.loads(run("validate", bundle.path, "--source", "pipeline", "--json").stdout)
+    assert answer == {"name": "answer", "error_db": 41.23456, "rows": [{"largest_error": 0.25}]}
+
+
+def test_profile(library: Callable[..., Library], bundle: Bundle) -> None:
+    profile = library("edgediffusion.profiles", "profile", Answer())
+    library("edgediffusion.profiles.report", "profile_table", "the table")
+    assert run("profile", bundle.path, "--runs", 7, "--warmup", 0).stdout == "the table\n"
+    assert profile.settings == {"target": None, "runs": 7, "warmup": 0, "steps": 2}
+
+
+def test_demo(library: Callable[..., Library], tmp_path: Path) -> None:
+    demo = library("edgediffusion.cli._demo", "demo", "what it made")
+    assert run("demo", "-o", tmp_path / "demo").stdout == "what it made\n"
+    assert demo.arguments[0] == tmp_path / "demo"
+    assert isinstance(demo.arguments[1], Progress)
+
+
+def test_targets() -> None:
+    assert "cpu-x86-64  onnxruntime" in run("targets").stdout
+    assert [t["name"] for t in json.loads(run("targets", "--json").stdout)] == ["cpu-x86-64"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "build", "run", "validate", "profile", "inspect", "calibrate"])
+def test_a_folder_that_is_no_bundle_is_refused(library: Callable[..., Library], tmp_path: Path, command: str) -> None:
+    for module, name in (("export", "export"), ("export.validate", "validate"), ("optimize", "calibrate")):
+        library(f"edgediffusion.{module}", name, quantize=None)
+    options = {
+        "quantize": ("--state", "s", "-o", "out"),
+        "build": ("--target", "cpu-x86-64", "-o", "out"),
+        "run": ("--prompt", "a", "-o", "out.png"),
+        "validate": ("--source", "s"),
+        "calibrate": ("--source", "s", "-o", "out"),
+    }
+    result = run(command, tmp_path, *options.get(command, ()), code=1)
+    assert "is not a bundle: it has no bundle.json" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export",),
+        ("export", "source"),
+        ("export", "source", "-o", "out", "--dtype", "int3"),
+        ("export", "source", "-o", "out", "--opset", "9"),
+        ("calibrate", "bundle", "--source", "s", "-o", "o", "--samples", "0"),
+        ("build", "bundle", "-o", "out"),
+        ("run", "bundle", "-o", "a.png"),
+        ("run", "bundle", "--prompt", "a", "-o", "a.png", "--seed", "-1"),
+        ("profile", "bundle", "--runs", "none"),
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_cannot_be_used_end_with_2(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments, code=2)
+    assert "Error: " in result.stderr
+    assert result.stdout == ""
