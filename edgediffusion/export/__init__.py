@@ -1,0 +1,68 @@
+"""Export: a trained pipeline in diffusers' folder format becomes a bundle of ONNX graphs.
+
+    source.py       the folder as it is: index, configurations, network classes
+    checkpoint.py   where in which file each tensor lies; safetensors headers, never the tensors themselves
+    naming.py       which tensor of the file is which parameter of the network
+    families/       one file per pipeline class: its networks as graphs with roles, and its sampling facts
+    texts.py, autoencoder.py   the graphs that families share
+    skeleton.py     a network without weights
+    trace.py        a skeleton becomes an ONNX graph
+    simplify.py     the graph made small, and free of the machine that made it
+    weights.py      the graph's weights: linked, copied, or converted one tensor at a time
+    schedule.py     a diffusers scheduler as data
+    pipeline.py     all of it, for a whole folder
+    validate.py     how far a bundle is from its source
+
+This file loads nothing heavy: the command line asks it for help texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from edgediffusion.bundle import Bundle
+from edgediffusion.errors import ArgumentError
+from edgediffusion.files import new_folder
+from edgediffusion.registry import require
+
+DTYPES = ("float32", "float16")
+OPSETS = range(18, 24)
+WEIGHTS = ("link", "copy")
+
+Progress = Callable[[str, float], None]
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    opset: int = 23,
+    weights: Literal["link", "copy"] = "link",
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a diffusers folder as a bundle; the networks are traced without ever loading their weights.
+
+    ``dtype`` is what the graphs compute in. Weights stay in the source's own safetensors files, which are linked or
+    copied into the bundle; where they are wider than ``dtype`` they are converted into a new file, one tensor at a
+    time. Weights that are narrower stay as they are, with a Cast node behind each. ``progress`` is called with what
+    is being done and the part of all that is done, 0 to 1.
+
+    Raises:
+        SourceError: the source cannot be read as a pipeline that is known here; the message says what to do.
+        OutputError: ``output`` exists, or cannot be written. ArgumentError: an unknown dtype, opset or way to take weights.
+        MissingExtra: a library of the extra ``export`` is not installed.
+    """
+    for what, value, known in (("dtype", dtype, DTYPES), ("opset", opset, OPSETS), ("way to take weights", weights, WEIGHTS)):
+        if value not in known:
+            raise ArgumentError(f"No such {what}", got=repr(value), allowed=", ".join(map(str, known)))
+    with new_folder(Path(output)) as folder:
+        for module in ("torch", "diffusers", "transformers", "onnxscript", "onnx_ir", "safetensors"):
+            require(module, extra="export", purpose="Exporting a pipeline")
+        from edgediffusion.export.pipeline import write_bundle
+        from edgediffusion.export.source import Source
+
+        write_bundle(Source.open(Path(source)), folder, dtype=dtype, opset=opset, link=weights == "link", progress=progress)
+    return Bundle.open(output, verify=False)

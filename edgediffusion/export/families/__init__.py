@@ -1,0 +1,116 @@
+"""Families of pipelines, one file each: a module with what ``Family`` lists.
+
+A family says which graphs the networks of a pipeline become, so that every graph speaks a role of ``bundle.ROLES``,
+and the facts that a sampling loop needs. Nothing after export knows families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import torch
+
+from edgediffusion.bundle import Sampling
+from edgediffusion.errors import SourceError
+from edgediffusion.export.source import Source
+from edgediffusion.registry import find, names
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A free axis: the graph takes any size that is a multiple of ``multiple``, up to ``most`` (None: no end).
+
+    ``example`` is a size to trace with; two axes of one graph have different ones, or they would be taken for one.
+    """
+
+    name: str
+    example: int
+    multiple: int = 1
+    most: int | None = None
+
+
+BATCH = Axis("batch", 2)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output: its axes are sizes or free; its ``dtype`` is NumPy's name, or ``float`` for what is exported to."""
+
+    name: str
+    axes: tuple[int | Axis, ...]
+    dtype: str = FLOAT
+
+    @property
+    def example(self) -> tuple[int, ...]:
+        return tuple(axis if isinstance(axis, int) else axis.example for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph to be made.
+
+    ``network`` is the source's component that it is made of, and ``wrap`` puts a module around that network which takes
+    ``inputs`` by name and returns ``outputs`` in order. ``tokenizer`` is the folder of the source whose tokenizer
+    makes the input ``input_ids``; ``feeds`` as in ``bundle.Component``.
+    """
+
+    name: str
+    role: str
+    network: str
+    wrap: Callable[[torch.nn.Module], torch.nn.Module]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    tokenizer: str | None = None
+    feeds: Mapping[str, str] = field(default_factory=dict)
+
+
+class Family(Protocol):
+    """A file of this folder.
+
+    ``OPTIONAL`` are components that a pipeline of the family may have and that drawing does not need.
+    """
+
+    PIPELINES: tuple[str, ...]
+    OPTIONAL: tuple[str, ...]
+
+    def parts(self, source: Source) -> tuple[Part, ...]:
+        """Raises SourceError: a component is missing or of a class that the family does not know."""
+
+    def sampling(self, source: Source) -> Sampling:
+        """Raises SourceError: the scheduler does something that a bundle cannot state."""
+
+
+def family_of(source: Source) -> tuple[str, Family]:
+    """Name and module of the family of a pipeline.
+
+    Raises:
+        SourceError: no family knows its class; the message lists those that are known.
+    """
+    known: dict[str, str] = {}
+    for name in names("export.families"):
+        module = cast(Family, find("export.families", name))
+        if source.class_name in module.PIPELINES:
+            return name, module
+        known |= dict.fromkeys(module.PIPELINES, name)
+    raise SourceError(
+        f"Pipelines of the class '{source.class_name}' cannot be exported",
+        allowed=", ".join(sorted(known)),
+        do="If it is one of these under another name, load it in diffusers as such and save it; otherwise a file for it is "
+        "missing in edgediffusion/export/families.",
+    )
+
+
+def check_components(source: Source, used: set[str], optional: tuple[str, ...]) -> None:
+    """Refuse a pipeline with components that would be left out although they may change its pictures."""
+    surplus = sorted(set(source.components) - used - set(optional))
+    if surplus:
+        raise SourceError(
+            f"This {source.class_name} has components that are not known",
+            got=", ".join(f"{name} ({source.components[name]})" for name in surplus),
+            allowed=", ".join(sorted(used | set(optional))),
+            do="Remove them from the pipeline in diffusers and save it, if it draws without them.",
+        )

@@ -1,0 +1,95 @@
+"""The graphs of text encoders, role ``encode``: CLIP as Stable Diffusion uses it, CLIP with projection, T5."""
+
+from __future__ import annotations
+
+import torch
+
+from edgediffusion.export.families import BATCH, Part, Tensor
+from edgediffusion.export.source import Source
+
+
+class ClipText(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids [b, tokens] to the last hidden states [b, tokens, width] and the one of the end token [b, width]."""
+        found = self.network(input_ids)
+        return found.last_hidden_state, found.pooler_output
+
+
+class ClipTextProjected(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids [b, tokens] to the hidden states before the last layer [b, tokens, width] and the text embedding [b, projection]."""
+        found = self.network(input_ids, output_hidden_states=True)
+        return found.hidden_states[-2], found.text_embeds
+
+
+class T5Text(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """ids [b, tokens] to the last hidden states [b, tokens, width]."""
+        return self.network(input_ids).last_hidden_state  # type: ignore[no-any-return]
+
+
+def clip(source: Source) -> Part:
+    """The one text encoder of Stable Diffusion, under the names that other tools expect."""
+    source.require_class("text_encoder", ("CLIPTextModel",))
+    config = source.config("text_encoder")
+    tokens, width = clip_tokens(source, "text_encoder"), config["hidden_size"]
+    return Part(
+        name="text_encoder",
+        role="encode",
+        network="text_encoder",
+        wrap=ClipText,
+        inputs=(Tensor("input_ids", (BATCH, tokens), "int64"),),
+        outputs=(Tensor("last_hidden_state", (BATCH, tokens, width)), Tensor("pooler_output", (BATCH, width))),
+        tokenizer="tokenizer",
+        feeds={"last_hidden_state": "encoder_hidden_states"},
+    )
+
+
+def clip_projected(source: Source, suffix: str) -> Part:
+    """One of several CLIP encoders; ``suffix`` is empty or ``_2``, and keeps their conditions apart."""
+    name = f"text_encoder{suffix}"
+    source.require_class(name, ("CLIPTextModelWithProjection",))
+    config = source.config(name)
+    tokens = clip_tokens(source, name)
+    return Part(
+        name=name,
+        role="encode",
+        network=name,
+        wrap=ClipTextProjected,
+        inputs=(Tensor("input_ids", (BATCH, tokens), "int64"),),
+        outputs=(
+            Tensor(f"clip_hidden_states{suffix}", (BATCH, tokens, config["hidden_size"])),
+            Tensor(f"clip_text_embeds{suffix}", (BATCH, config["projection_dim"])),
+        ),
+        tokenizer=f"tokenizer{suffix}",
+    )
+
+
+def t5(source: Source, suffix: str, tokens: int) -> Part:
+    name = f"text_encoder{suffix}"
+    source.require_class(name, ("T5EncoderModel",))
+    return Part(
+        name=name,
+        role="encode",
+        network=name,
+        wrap=T5Text,
+        inputs=(Tensor("input_ids", (BATCH, tokens), "int64"),),
+        outputs=(Tensor("t5_hidden_states", (BATCH, tokens, source.config(name)["d_model"])),),
+        tokenizer=f"tokenizer{suffix}",
+    )
+
+
+def clip_tokens(source: Source, name: str) -> int:
+    return int(source.config(name)["max_position_embeddings"])
