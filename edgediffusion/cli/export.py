@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from edgediffusion.cli._options import json_option, output_option
 
-_DTYPES = {"fp32": "float32", "fp16": "float16"}
+_DTYPES: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 
 
 @click.command()
@@ -18,7 +19,7 @@ _DTYPES = {"fp32": "float32", "fp16": "float16"}
 )
 @click.option("--weights", type=click.Choice(["link", "copy"]), default="link", show_default=True, help="How weights get there.")
 @json_option
-def command(source: Path, output: Path, dtype: str, opset: int, weights: str, as_json: bool) -> None:
+def command(source: Path, output: Path, dtype: str, opset: int, weights: Literal["link", "copy"], as_json: bool) -> None:
     """Export SOURCE as a bundle of ONNX graphs.
 
     SOURCE is a pipeline in diffusers' folder format. Its weights are not copied where the disk can share them.
