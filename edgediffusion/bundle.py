@@ -12,10 +12,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from edgediffusion.errors import BundleError
 from edgediffusion.files import dump_json, sha256
+
+_T = TypeVar("_T")
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -239,7 +241,7 @@ def _from_json(path: Path, content: dict[str, Any]) -> Bundle:
         raise BundleError(f"The manifest of '{path}' lacks or misstates a field: {error}", do="See docs/bundle-format.md.") from None
 
 
-def _record(kind: type, content: Mapping[str, Any]) -> Any:
+def _record(kind: type[_T], content: Mapping[str, Any]) -> _T:
     _refuse_unknown(kind.__name__, content, {f.name for f in fields(kind)})
     return kind(**content)
 

@@ -54,7 +54,7 @@ def _batch(pipeline: Pipeline, prompts: list[str], wanted: np.ndarray, steps: in
     found: dict[int, Item] = {}
 
     def observe(step: int, feeds: Mapping[str, np.ndarray]) -> None:
-        for row in np.flatnonzero(wanted == step):
+        for row in map(int, np.flatnonzero(wanted == step)):
             found[row] = Item(step, prompts[row], {name: _rows(array, row, len(prompts)) for name, array in feeds.items()})
 
     for step in pipeline.steps(prompts, num_inference_steps=steps, observe=observe, **options):

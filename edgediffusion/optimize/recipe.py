@@ -68,7 +68,8 @@ def _load(kind: type[_Record], folder: str, name: str) -> _Record:
     if unknown := set(content) - allowed:
         raise ArgumentError(f"'{name}' has unknown keys", got=", ".join(sorted(unknown)), allowed=", ".join(sorted(allowed)))
     try:
-        return kind(name=file.stem.replace("_", "-"), **{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        record: Any = kind
+        return record(name=file.stem.replace("_", "-"), **{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})  # type: ignore[no-any-return]
     except TypeError as error:
         raise ArgumentError(f"'{name}' lacks a key: {error}", allowed=", ".join(sorted(allowed))) from None
 

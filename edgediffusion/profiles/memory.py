@@ -45,7 +45,9 @@ def measure(bundle: Bundle, *, target: str | None = None, steps: int = 2, thread
         EngineError: the process failed; its last line of output is quoted.
     """
     asked = json.dumps({"bundle": str(bundle.path), "target": target, "steps": steps, "threads": threads})
-    done = subprocess.run([sys.executable, "-c", _WORKER, asked], capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    done = subprocess.run(
+        [sys.executable, "-c", _WORKER, asked], capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise EngineError("The process that measures memory failed", got=last)

@@ -38,7 +38,19 @@ def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):
 
 def test_the_int8_recipe_keeps_the_ends_and_the_time_embedding_float():
     recipe = load_recipe("int8")
-    for layer in ("conv_in", "conv_out", "time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj", "proj_out", "transformer_blocks.0.norm1.linear"):
+    for layer in (
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "mid_block.resnets.0.time_emb_proj",
+        "proj_out",
+        "transformer_blocks.0.norm1.linear",
+    ):
         assert recipe.excludes(layer), layer
-    for layer in ("mid_block.attentions.0.proj_out", "down_blocks.0.resnets.0.conv1", "transformer_blocks.0.attn.to_q", "up_blocks.0.resnets.0.conv_shortcut"):
+    for layer in (
+        "mid_block.attentions.0.proj_out",
+        "down_blocks.0.resnets.0.conv1",
+        "transformer_blocks.0.attn.to_q",
+        "up_blocks.0.resnets.0.conv_shortcut",
+    ):
         assert recipe.excludes(layer) is None, layer

@@ -28,7 +28,12 @@ def test_an_existing_state_is_not_overwritten(tmp_path, state):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no quantization state"), ("[]", "no quantization state"), (json.dumps({"format": 2}), "format 2"), (json.dumps({"format": 1}), "lacks")],
+    [
+        ("{", "no quantization state"),
+        ("[]", "no quantization state"),
+        (json.dumps({"format": 2}), "format 2"),
+        (json.dumps({"format": 1}), "lacks"),
+    ],
 )
 def test_a_bad_file_is_refused_with_its_reason(tmp_path, text, message):
     (tmp_path / "state.json").write_text(text)

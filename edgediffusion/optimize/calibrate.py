@@ -1,0 +1,127 @@
+"""Calibrate: draw with the float bundle, keep what the denoiser was fed, and find the ranges of its layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from edgediffusion import registry
+from edgediffusion.bundle import Bundle, Component
+from edgediffusion.errors import ArgumentError, OutputError
+from edgediffusion.optimize.collect import Item, collect
+from edgediffusion.optimize.state import LayerRanges, QuantizationState, weights_digest
+
+Progress = Callable[[str, float], None]
+PROMPTS = "prompts.txt"
+
+
+def calibrate(
+    bundle: Bundle,
+    *,
+    source: str | Path,
+    output: str | Path,
+    strategy: str = "ndtc",
+    samples: int = 128,
+    steps: int | None = None,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
+    progress: Progress = lambda label, part: None,
+) -> QuantizationState:
+    """Find the ranges of the denoiser's layers and write them to ``output``.
+
+    ``samples`` items are drawn with the sampler, steps and guidance of the deployment (by default the bundle's own),
+    at the steps that ``strategy`` chooses. ``prompts`` are by default the lines of ``prompts.txt`` in the source.
+
+    Raises:
+        UnknownName: no such strategy or sampler. ArgumentError: no samples or prompts, or the bundle is of another source.
+        OutputError: ``output`` exists. MissingExtra: the extra ``optimize`` is not installed.
+    """
+    if samples < 1:
+        raise ArgumentError("Calibration needs at least one item", got=samples, allowed="1 and more")
+    chosen = registry.find("optimize.calibration", strategy, kind="strategy").Strategy()
+    registry.require("modelopt", extra="optimize", purpose="Calibration")
+    if Path(output).exists():
+        raise OutputError(f"The output '{output}' exists already", do="Choose another name, or remove it first.")
+    from edgediffusion.export.source import Source
+    from edgediffusion.runtimes.pipeline import Pipeline
+
+    origin = Source.open(Path(source))
+    _same_source(bundle, origin)
+    (component,) = _denoisers(bundle)
+    pipeline = Pipeline.from_bundle(bundle)
+    steps = pipeline.sampling.steps if steps is None else steps
+    texts = list(prompts) if prompts is not None else _read_prompts(Path(source))
+    counts = chosen.allocate(steps, samples, seed=seed)
+    items = collect(pipeline, texts, counts, seed=seed, sampler=sampler, guidance_scale=guidance_scale, progress=progress)
+    layers = _measure(origin, component, items, progress)
+    state = QuantizationState(
+        weights=weights_digest(bundle, component),
+        calibration={
+            "strategy": strategy,
+            "options": dict(vars(chosen)),
+            "counts": counts.tolist(),
+            "seed": seed,
+            "sampler": sampler or pipeline.sampling.sampler,
+            "guidance_scale": pipeline.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+            "prompts": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+            "algorithm": "max",
+        },
+        layers={f"{component.name}/{name}": ranges for name, ranges in layers.items()},
+        versions={tool: version(tool) for tool in ("nvidia-modelopt", "torch", "diffusers")},
+    )
+    state.save(Path(output))
+    return state
+
+
+def _measure(source: object, component: Component, items: Sequence[Item], progress: Progress) -> dict[str, LayerRanges]:
+    from edgediffusion.export.families import family_of
+    from edgediffusion.export.source import Source
+    from edgediffusion.optimize.ranges import measure
+
+    assert isinstance(source, Source)
+    part = next(p for p in family_of(source)[1].parts(source) if p.name == component.name)
+    network = source.load(part.network)
+    module = part.wrap(network)
+    prefix = next(f"{name}." for name, child in module.named_children() if child is network)
+    found = measure(module, [item.feeds for item in items], progress=lambda done: progress("ranges", done / len(items)))
+    return {name.removeprefix(prefix): ranges for name, ranges in found.items()}
+
+
+def _denoisers(bundle: Bundle) -> tuple[Component, ...]:
+    found = bundle.with_role("denoise")
+    if len(found) != 1:
+        raise ArgumentError("Calibration needs a bundle with one denoiser", got=f"{len(found)} of them")
+    return found
+
+
+def _same_source(bundle: Bundle, source: object) -> None:
+    """Refuse a source that the bundle was not exported from: its ranges would be those of other weights."""
+    from edgediffusion.export.families import family_of
+    from edgediffusion.export.source import Source
+    from edgediffusion.files import sha256
+
+    assert isinstance(source, Source)
+    networks = {part.network for part in family_of(source)[1].parts(source)}
+    digest = source.digest({file: sha256(file) for name in networks for file in source.checkpoint(name).files})
+    stated = next((verb.arguments.get("source") for verb in bundle.history if verb.name == "export"), None)
+    if digest != stated:
+        raise ArgumentError(
+            f"'{source.path}' is not what the bundle '{bundle.path}' was exported from",
+            do=f"Give the folder it was exported from, or export again: edgediffusion export {source.path} -o BUNDLE",
+        )
+
+
+def _read_prompts(source: Path) -> list[str]:
+    file = source / PROMPTS
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    if not any(lines):
+        raise ArgumentError(
+            "Calibration draws pictures and has no prompts for them",
+            got=f"no {PROMPTS} in '{source}'",
+            do="Give a file with one prompt on each line: --prompts FILE",
+        )
+    return [line for line in lines if line]

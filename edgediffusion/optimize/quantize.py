@@ -1,0 +1,128 @@
+"""Quantize: a bundle's denoiser with explicit Q/DQ and int8 weights, the rest of the bundle as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from edgediffusion import __version__, files, targets
+from edgediffusion.bundle import Bundle, Component, Verb, write
+from edgediffusion.errors import ArgumentError
+from edgediffusion.files import link_or_copy
+from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe
+from edgediffusion.optimize.state import QuantizationState, weights_digest
+
+Progress = Callable[[str, float], None]
+WEIGHTS = "quantized.safetensors"
+
+
+@dataclass(frozen=True)
+class _Job:
+    state: QuantizationState
+    recipe: Recipe
+    placement: Placement
+
+
+def quantize(
+    bundle: Bundle,
+    state: str | Path | QuantizationState,
+    output: str | Path,
+    *,
+    recipe: str = "int8",
+    target: str = "cpu-x86-64",
+    progress: Progress = lambda label, part: None,
+) -> Bundle:
+    """Write the bundle with its denoiser quantized as ``recipe`` says, with Q/DQ nodes where ``target``'s engine wants them.
+
+    ``recipe`` and ``target`` are names or paths of TOML files. Which layers stayed float, and why, is in the new
+    bundle's history.
+
+    Raises:
+        UnknownName: no such recipe or target. ArgumentError: the state belongs to other weights.
+        OutputError: ``output`` exists or cannot be written.
+    """
+    device = targets.load(target)
+    job = _Job(
+        state if isinstance(state, QuantizationState) else QuantizationState.load(state),
+        load_recipe(recipe),
+        load_placement(device.placement),
+    )
+    chosen = bundle.with_role("denoise")
+    for component in chosen:
+        _check_weights(bundle, component, job.state)
+    with files.new_folder(Path(output)) as folder:
+        replaced = {component.model.rsplit("/", 1)[0] + "/" for component in chosen}
+        kept = [name for name in bundle.files if not name.startswith("engines/") and not _is_replaced(name, replaced)]
+        for name in kept:
+            link_or_copy(bundle.path / name, folder / name)
+        report = {}
+        for at, component in enumerate(chosen):
+            progress(f"quantizing {component.name}", at / len(chosen))
+            report[component.name] = _quantize_graph(bundle, component, folder, job)
+        progress("writing", 1.0)
+        arguments = {"recipe": job.recipe.name, "target": device.name, "state": job.state.digest, "layers": report}
+        versions = {"edgediffusion": __version__, "onnx-ir": version("onnx-ir")}
+        write(
+            folder,
+            family=bundle.family,
+            components=bundle.components,
+            sampling=bundle.sampling,
+            history=(*bundle.history, Verb("quantize", arguments, versions)),
+            known={name: bundle.files[name] for name in kept},
+        )
+    return Bundle.open(output, verify=False)
+
+
+def _is_replaced(name: str, folders: set[str]) -> bool:
+    return name.endswith((".onnx", ".safetensors")) and any(name.startswith(folder) for folder in folders)
+
+
+def _check_weights(bundle: Bundle, component: Component, state: QuantizationState) -> None:
+    if any(verb.name == "quantize" for verb in bundle.history):
+        raise ArgumentError(f"The bundle '{bundle.path}' is quantized already", do="Quantize the float bundle it was made from.")
+    if weights_digest(bundle, component) != state.weights:
+        raise ArgumentError(
+            f"The quantization state belongs to other weights than the bundle's '{component.name}'",
+            do="Calibrate this bundle: edgediffusion calibrate BUNDLE --source SOURCE -o STATE",
+        )
+
+
+def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Job) -> dict[str, object]:
+    import onnx_ir as ir
+
+    from edgediffusion.optimize.passes.insert_qdq import insert_qdq
+
+    prefix = f"{component.name}/"
+    ranges = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
+    model = ir.load(bundle.path / component.model)
+    report = insert_qdq(model, ranges, job.recipe, job.placement)
+    target = folder / component.model
+    target.parent.mkdir(exist_ok=True)
+    _store_weights(model, target.parent)
+    ir.save(model, target)
+    return {"quantized": len(report.quantized), "float": dict(report.declined)}
+
+
+def _store_weights(model: object, folder: Path) -> None:
+    """Put the weights, quantized or not, into one new file of the component; small constants stay in the graph."""
+    import onnx_ir as ir
+
+    from edgediffusion.export.store import Planned, write_tensors
+
+    assert isinstance(model, ir.Model)
+    chosen = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+        and (isinstance(value.const_value, ir.ExternalTensor) or value.const_value.dtype == ir.DataType.INT8)
+        and value.const_value.nbytes > 256
+    }
+    planned = {n: Planned(t.dtype, tuple(t.shape.numpy()), t.tobytes) for n, t in chosen.items()}
+    stored = write_tensors(folder / WEIGHTS, planned)
+    for name, tensor in chosen.items():
+        at = stored[name]
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            WEIGHTS, at.offset, at.bytes, tensor.dtype, shape=ir.Shape(planned[name].shape), name=name, base_dir=str(folder)
+        )
