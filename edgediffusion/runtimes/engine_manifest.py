@@ -123,9 +123,12 @@ def check(manifest: EngineManifest, bundle: Bundle, target: str) -> None:
     stated = {"version": manifest.version, "os": manifest.os, "arch": manifest.arch, "cpu": manifest.cpu or here.cpu}
     words = {"version": f"{manifest.engine} version", "os": "operating system", "arch": "architecture", "cpu": "processor"}
     differing = [f"{words[k]} {_text(stated[k])}, here {_text(found[k])}" for k in words if stated[k] != found[k]]
-    for name, built in manifest.components.items():
-        if built.model_sha256 != bundle.files[bundle.component(name).model].sha256:
-            differing.append(f"the ONNX file of '{name}' has changed since")
+    for component in bundle.components:
+        built = manifest.components.get(component.name)
+        if built is None:
+            continue
+        if built.model_sha256 != bundle.files[component.model].sha256:
+            differing.append(f"the ONNX file of '{component.name}' has changed since")
         if f"{ENGINES}/{target}/{built.file}" not in bundle.files:
             differing.append(f"the file '{built.file}' is not among the bundle's files")
     if differing:
