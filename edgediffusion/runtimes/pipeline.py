@@ -201,9 +201,10 @@ class Pipeline:
 
     def _check_conditions(self) -> None:
         """Every input of the denoiser is given by exactly one encoder or by the loop."""
+        wanted = {spec.name for spec in self._denoise.session.inputs} - set(_LOOP_INPUTS)
         given = [name for encoder in self._encoders for name in encoder.names.values()]
-        twice = {name for name in given if given.count(name) > 1}
-        lacking = {spec.name for spec in self._denoise.session.inputs} - set(given) - set(_LOOP_INPUTS)
+        twice = {name for name in wanted if given.count(name) > 1}
+        lacking = wanted - set(given)
         if twice:
             raise BundleError("Two encoders give the same condition", got=", ".join(sorted(twice)), do="Export the pipeline again.")
         if lacking:

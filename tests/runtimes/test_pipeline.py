@@ -353,6 +353,14 @@ def test_two_encoders_give_two_conditions(fakes: Fakes) -> None:
     np.testing.assert_array_equal(feeds["encoder_hidden_states"] + 1, feeds["encoder_hidden_states_2"])
 
 
+def test_two_encoders_may_share_the_name_of_an_output_that_nobody_takes(fakes: Fakes) -> None:
+    second = replace(ENCODE, name="text_encoder_2", feeds={"last_hidden_state": "unused"})
+    first = replace(ENCODE, outputs=(*ENCODE.outputs, TensorSpec("unused", "float32", ("batch", 3))))
+    bundle = replace(fakes.bundle, components=(first, second, DENOISE, DECODE))
+    sessions = {"text_encoder": fakes.encode, "text_encoder_2": fakes.encode, "unet": fakes.denoise, "vae_decoder": fakes.decode}
+    Pipeline(bundle, {**sessions, "text_encoder": FakeSession.of(first, encode)})
+
+
 def test_a_bundle_without_text_or_decoder_draws_pixels(tmp_path: Path) -> None:
     denoise = replace(DENOISE, inputs=DENOISE.inputs[:2])
     sampling = replace(SAMPLING, guidance="none", downsampling=1, latent_channels=4, latent_scale=1.0, latent_shift=0.0)

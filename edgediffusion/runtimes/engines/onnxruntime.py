@@ -108,9 +108,7 @@ def _library() -> Any:
 
 
 def _session(file: Path, options: Any) -> Any:
-    return _library().InferenceSession(
-        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_UNWANTED_FUSIONS)
-    )
+    return _library().InferenceSession(str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_UNWANTED_FUSIONS))
 
 
 def _options(threads: int | None, *, optimize: bool) -> Any:
