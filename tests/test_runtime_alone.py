@@ -26,11 +26,16 @@ def oldest_python() -> str:
     found = sorted(Path.home().glob(".pyenv/versions/3.10*/bin/python3.10"))
     for candidate in [*map(str, found), "python3.10"]:
         try:
-            subprocess.run([candidate, "-c", "import venv, ensurepip"], check=True, capture_output=True)
+            subprocess.run([candidate, "-c", "import venv"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             continue
         return candidate
     return sys.executable
+
+
+def pip(device: Path) -> list[str]:
+    """This environment's pip, told to work on the other one: that is seconds faster than giving it a pip of its own."""
+    return [sys.executable, "-m", "pip", "--python", str(device / "python")]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +46,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "edgediffusion", source / "edgediffusion", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    subprocess.run([oldest_python(), "-m", "venv", folder / "venv"], check=True)
-    subprocess.run([folder / "venv/bin/pip", "install", "--quiet", f"{source}[cpu]"], check=True)
+    subprocess.run([oldest_python(), "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    subprocess.run([*pip(folder / "venv" / "bin"), "install", "--quiet", "--no-compile", f"{source}[cpu]"], check=True)
     return folder / "venv" / "bin"
 
 
@@ -60,7 +65,7 @@ def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_whole_generation_without_torch(device: Path, bundle: Path, tmp_path: Path) -> None:
-    installed = json.loads(subprocess.run([device / "pip", "list", "--format=json"], check=True, capture_output=True).stdout)
+    installed = json.loads(subprocess.run([*pip(device), "list", "--format=json"], check=True, capture_output=True).stdout)
     assert not set(ABSENT) & {package["name"].lower() for package in installed}
     there = run(device, "run", bundle, *DRAW, tmp_path / "there.png")
     assert there.returncode == 0, there.stderr
