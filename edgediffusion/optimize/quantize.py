@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
@@ -16,6 +17,7 @@ from edgediffusion.optimize.state import QuantizationState, weights_digest
 
 Progress = Callable[[str, float], None]
 WEIGHTS = "quantized.safetensors"
+_SMALL_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Jo
 
     prefix = f"{component.name}/"
     ranges = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
-    model = ir.load(bundle.path / component.model)
+    model = _load(bundle.path / component.model)
     report = insert_qdq(model, ranges, job.recipe, job.placement)
     target = folder / component.model
     target.parent.mkdir(exist_ok=True)
@@ -105,20 +107,36 @@ def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Jo
     return {"quantized": len(report.quantized), "float": dict(report.declined)}
 
 
-def _store_weights(model: object, folder: Path) -> None:
+def _load(file: Path) -> Any:
+    """A graph whose weights may be files with several links: onnx-ir takes those for an attack and refuses to read them.
+
+    Opening the bundle has checked their hashes. A tensor with an absolute location and no base folder is read as it is.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(file)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            place = file.parent / tensor.location
+            value.const_value = ir.ExternalTensor(
+                place, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name), base_dir=""
+            )
+    return model
+
+
+def _store_weights(model: Any, folder: Path) -> None:
     """Put the weights, quantized or not, into one new file of the component; small constants stay in the graph."""
     import onnx_ir as ir
 
     from edgediffusion.export.store import Planned, write_tensors
 
-    assert isinstance(model, ir.Model)
-    chosen = {
-        name: value.const_value
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None
-        and (isinstance(value.const_value, ir.ExternalTensor) or value.const_value.dtype == ir.DataType.INT8)
-        and value.const_value.nbytes > 256
-    }
+    chosen = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        large = tensor is not None and tensor.dtype == ir.DataType.INT8 and tensor.nbytes > _SMALL_BYTES
+        if large or isinstance(tensor, ir.ExternalTensor):
+            chosen[name] = tensor
     planned = {n: Planned(t.dtype, tuple(t.shape.numpy()), t.tobytes) for n, t in chosen.items()}
     stored = write_tensors(folder / WEIGHTS, planned)
     for name, tensor in chosen.items():

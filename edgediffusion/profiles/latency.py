@@ -82,8 +82,9 @@ def axes_of(bundle: Bundle, component: Component, batch: int) -> dict[str, int]:
     if facts is None:
         return {"batch": batch}
     rows = 2 * batch if component.role.startswith("denoise") and facts.guidance == "classifier-free" else batch
-    scale = 1 if component.role == "encode_image" else facts.downsampling
-    return {"batch": rows, "height": facts.height // scale, "width": facts.width // scale}
+    height, width = facts.height, facts.width
+    latent = {"height": height // facts.downsampling, "width": width // facts.downsampling}
+    return {"batch": rows, **latent, "image_height": height, "image_width": width}
 
 
 def _fill(array: np.ndarray, spec: TensorSpec, rng: np.random.Generator) -> None:
