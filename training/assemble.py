@@ -2,8 +2,9 @@
 
     python -m training.assemble fashion | fashion-dit | fashion-lcm | emoji [--replace] [-o FOLDER]
 
-The same checkpoint gives the same bytes. A folder loads with plain ``DiffusionPipeline.from_pretrained``, under
-transformers 4 and 5 alike: weights have the names of the hub's checkpoints, the tokenizer has its old and new files.
+The same checkpoint gives the same bytes. A folder loads with ``DiffusionPipeline.from_pretrained`` (``fashion-dit`` with
+``text_encoder_3=None, tokenizer_3=None``, as diffusers asks of any Stable Diffusion 3 without T5), under transformers 4
+and 5 alike: weights have the names of the hub's checkpoints, the tokenizer has its old and new files.
 """
 
 from __future__ import annotations
@@ -169,6 +170,15 @@ def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in model["merges"])]) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(dump_json(marks))
     (folder / "tokenizer_config.json").write_text(dump_json(marks | settings))
+
+
+def load(folder: Path) -> DiffusionPipeline:
+    """``DiffusionPipeline.from_pretrained``, which wants to be told of a Stable Diffusion 3 folder that it has no T5."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k) == [None, None]}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def replace_folder(folder: Path, pipeline: DiffusionPipeline) -> None:

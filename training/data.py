@@ -102,13 +102,17 @@ def make_fashion() -> dict[str, np.ndarray]:
             arrays[f"{split}_labels"] = _idx(root / f"{prefix}-labels-idx1-ubyte.gz", 8).astype(np.int64)
     edges = None
     for split in ("train", "test"):
-        images = arrays[f"{split}_images"].astype(np.float32)
-        inside = images > 16
-        level = (images * inside).sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1)
-        edges = np.quantile(level, (1 / 3, 2 / 3)) if edges is None else edges
-        arrays[f"{split}_tones"] = np.digitize(level, edges)
+        levels = level(arrays[f"{split}_images"].astype(np.float32))
+        edges = np.quantile(levels, (1 / 3, 2 / 3)) if edges is None else edges
+        arrays[f"{split}_tones"] = np.digitize(levels, edges)
     arrays["tone_edges"] = edges
     return arrays
+
+
+def level(images: np.ndarray) -> np.ndarray:
+    """Mean brightness of each item's own pixels, those above 16 of 255. images is [n, h, w] in 0..255."""
+    inside = images > 16
+    return (images * inside).sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1)
 
 
 def make_emoji() -> dict[str, np.ndarray]:

@@ -111,12 +111,14 @@ def tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    letters = [*alphabet, *(c + "</w>" for c in alphabet)]
+    # All letters are given as special tokens to number them: the trainer breaks ties by number, and numbers anew in every process.
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=letters, end_of_word_suffix="</w>", show_progress=False)
     trained.train_from_iterator(captions, trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(m) for m in model["merges"]]
     # CLIP's order: bytes, bytes that end a word, merges, then the two marks, the end mark last of all.
-    words = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
+    words = [*letters, *("".join(m) for m in merges)]
     words = [*dict.fromkeys(words), START, END]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=TOKENS, pad_token=END)
 

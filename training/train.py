@@ -22,7 +22,7 @@ from training.loop import RUNS, Plan, Trainer, device
 PLANS = {
     "fashion-vae": Plan(steps=5000, batch=64, learning_rate=2e-3, warmup=50, decay_part=1.0),
     "fashion": Plan(steps=6000, batch=64, learning_rate=1.2e-3),
-    "fashion-dit": Plan(steps=6000, batch=64, learning_rate=1e-3),
+    "fashion-dit": Plan(steps=4500, batch=64, learning_rate=1e-3),
     "fashion-lcm": Plan(steps=2000, batch=64, learning_rate=3e-4, ema=0.99),
     "emoji-vae": Plan(steps=2500, batch=32, learning_rate=2e-3, warmup=50, decay_part=1.0),
     "emoji": Plan(steps=16000, batch=64, learning_rate=1.2e-3, ema=0.999),
@@ -212,10 +212,11 @@ class stand_in_for_absent_t5:
     def __enter__(self) -> None:
         self.attention = F.scaled_dot_product_attention
 
-        def attention(q, k, v, attn_mask=None, **rest):
+        def attention(q, k, v, **_):
             bias = torch.zeros(k.shape[-2], dtype=q.dtype, device=q.device)
             bias[-1] = math.log(256)
-            return self.attention(q, k, v, attn_mask=bias.expand(q.shape[-2], -1), **rest)
+            # By hand: on a CPU the fused attention takes five times as long on its way back.
+            return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, dim=-1) @ v
 
         F.scaled_dot_product_attention = attention
 
