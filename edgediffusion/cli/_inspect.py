@@ -49,4 +49,5 @@ def _lines(values: dict[str, Any]) -> str:
 
 
 def _words(values: Any) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+    """``a=1, b=2``; what has parts of its own is only counted, ``--json`` has it."""
+    return ", ".join(f"{name}={f'({len(value)} parts)' if isinstance(value, dict) else value}" for name, value in values.items())

@@ -43,4 +43,5 @@ def command(bundle: Path, prompts: Iterable[str] | None, output: Path, as_json: 
     lines = None if prompts is None else tuple(filter(None, map(str.strip, prompts)))
     with Progress() as progress:
         state = calibrate(Bundle.open(bundle), output=output, prompts=lines, progress=progress, **settings)
-    show(state, f"{output}: calibrated", as_json=as_json)
+    found = {"state": output, "digest": state.digest, "layers": len(state.layers), "calibration": state.calibration}
+    show(found, f"{output}: ranges of {len(state.layers)} layers", as_json=as_json)
