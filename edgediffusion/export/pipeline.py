@@ -15,6 +15,7 @@ from edgediffusion.bundle import Component, File, TensorSpec, Verb
 from edgediffusion.export import Progress, tokenizers
 from edgediffusion.export.checkpoint import Checkpoint
 from edgediffusion.export.families import FLOAT, Family, Part, Tensor, family_of
+from edgediffusion.export.group_norm import lower_group_norm
 from edgediffusion.export.naming import match
 from edgediffusion.export.simplify import simplify
 from edgediffusion.export.skeleton import skeleton
@@ -66,6 +67,7 @@ def _write_graph(
         # The tracer's value is a fake tensor. That of a weight is settled last: the optimizer must not look at it.
         value.const_value = ir.tensor(bones.constants[own].numpy(), name=own) if own in bones.constants else None
     simplify(model)
+    lower_group_norm(model)
     shutil.copyfile(source.path / part.network / "config.json", folder / "config.json")
     attach(model, {n: stored[n] for n in model.graph.initializers if n in stored}, folder, link=link, placed=placed)
     ir.save(model, folder / MODEL)

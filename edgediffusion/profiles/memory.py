@@ -12,11 +12,16 @@ from edgediffusion.bundle import Bundle
 from edgediffusion.errors import EngineError
 
 _WORKER = """
-import json, resource, sys, time
+import json, sys, time
 started = time.perf_counter()
 from edgediffusion.runtimes import Pipeline
 import edgediffusion.runtimes.pipeline
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak():
+    if not sys.platform.startswith("linux"):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # On Linux getrusage's maximum begins with that of the process that started this one.
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before, asked = peak(), json.loads(sys.argv[1])
 pipeline = Pipeline.from_bundle(asked["bundle"], target=asked["target"], threads=asked["threads"])
 loaded = time.perf_counter()

@@ -23,7 +23,7 @@ suffix = ".optimized.onnx"
 
 _ERRORS_ONLY = 3
 # Fused to a Gemm, a quantized linear layer with a bias falls back to float; apart, it becomes one int8 product. For
-# float layers the fusion makes no difference (benchmarks/qdq_placement.py).
+# float layers the fusion makes no difference (benchmarks/cpu_graph.py).
 _UNWANTED_FUSIONS = ("MatMulAddFusion",)
 _SMALLEST_OUTSIDE_BYTES = 1024
 _DTYPES = {
