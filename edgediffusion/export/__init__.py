@@ -4,10 +4,14 @@
     checkpoint.py   where in which file each tensor lies; safetensors headers, never the tensors themselves
     naming.py       which tensor of the file is which parameter of the network
     families/       one file per pipeline class: its networks as graphs with roles, and its sampling facts
-    texts.py, autoencoder.py   the graphs that families share
+    text_encoders.py, autoencoder.py   the graphs that families share
+    tokenizers.py   tokenizers as a runtime reads them
+    quiet.py        silence for libraries that talk on stderr
     skeleton.py     a network without weights
     trace.py        a skeleton becomes an ONNX graph
     simplify.py     the graph made small, and free of the machine that made it
+    group_norm.py   a node that CPU engines lack, written with nodes that they have
+    store.py        a safetensors file written one tensor at a time
     weights.py      the graph's weights: linked, copied, or converted one tensor at a time
     schedule.py     a diffusers scheduler as data
     pipeline.py     all of it, for a whole folder

@@ -34,7 +34,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         made.append(ir.node(op, inputs, attributes=attributes, name=f"{output.name}.{len(made)}.{op}"))
         value = made[-1].outputs[0]
         value.name = made[-1].name
-        value.dtype = output.dtype
+        value.type = output.type
         return value
 
     def constant(name: str, values: np.ndarray) -> ir.Value:
@@ -47,7 +47,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     ones, zeros = constant("ones", np.ones(groups, dtype)), constant("zeros", np.zeros(groups, dtype))
     normal = add("InstanceNormalization", [grouped, ones, zeros], epsilon=epsilon)
     shape = add("Shape", [x])
-    shape.dtype = ir.DataType.INT64
+    shape.type = ir.TensorType(ir.DataType.INT64)
     back = add("Reshape", [normal, shape])
     rank = output.shape.rank() if output.shape is not None else 4
     axes = constant("axes", np.arange(1, rank - 1, dtype=np.int64))

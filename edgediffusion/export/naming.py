@@ -52,9 +52,10 @@ def match(
 
 def _spellings(name: str, prefix: str) -> Iterable[str]:
     yield name
-    if prefix:
-        yield f"{prefix}.{name}"
-        yield name.removeprefix(f"{prefix}.")
+    for base in (prefix, "text_model"):  # CLIP's text models kept the prefix of a class that no longer states it
+        if base:
+            yield f"{base}.{name}"
+            yield name.removeprefix(f"{base}.")
     for new, old in _OLD_ATTENTION.items():
         if new in name:
             yield name.replace(new, old)

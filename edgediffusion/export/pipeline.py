@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,12 +15,12 @@ import torch
 from edgediffusion import bundle
 from edgediffusion.bundle import Component, File, TensorSpec, Verb
 from edgediffusion.export import Progress, tokenizers
-from edgediffusion.export.checkpoint import Checkpoint
+from edgediffusion.export.checkpoint import Stored
 from edgediffusion.export.families import FLOAT, Family, Part, Tensor, family_of
 from edgediffusion.export.group_norm import lower_group_norm
 from edgediffusion.export.naming import match
 from edgediffusion.export.simplify import simplify
-from edgediffusion.export.skeleton import skeleton
+from edgediffusion.export.skeleton import Skeleton, skeleton
 from edgediffusion.export.source import INDEX, Source
 from edgediffusion.export.trace import trace
 from edgediffusion.export.weights import attach
@@ -39,11 +41,14 @@ def write_bundle(source: Source, folder: Path, *, dtype: str, opset: int, link: 
     sampling = family.sampling(source)
     checkpoints = {part.network: source.checkpoint(part.network) for part in parts}
     components = tuple(_copy_texts(source, part, folder, dtype) for part in parts)
+    bones = {part: skeleton(partial(source.network, part.network), getattr(torch, dtype)) for part in parts}
+    stored = {p: match(checkpoints[p.network], b.shapes, tied=b.tied, prefix=b.prefix) for p, b in bones.items()}
     placed: dict[Path, Path] = {}
     for done, part in enumerate(parts):
         if progress is not None:
             progress(f"exporting {part.name}", done / len(parts))
-        _write_graph(source, part, checkpoints[part.network], folder / part.name, dtype=dtype, opset=opset, link=link, placed=placed)
+        model = _graph(part, bones.pop(part), getattr(torch, dtype), opset)
+        _write_graph(source, part, model, stored[part], folder / part.name, link=link, placed=placed)
     if progress is not None:
         progress("hashing", 1.0)
     _copy_index(source, folder, family)
@@ -53,12 +58,9 @@ def write_bundle(source: Source, folder: Path, *, dtype: str, opset: int, link: 
     bundle.write(folder, family=name, components=components, sampling=sampling, history=history, known=_known(folder, placed, digests))
 
 
-def _write_graph(
-    source: Source, part: Part, checkpoint: Checkpoint, folder: Path, *, dtype: str, opset: int, link: bool, placed: dict[Path, Path]
-) -> None:
-    bones = skeleton(lambda: source.network(part.network), getattr(torch, dtype))
-    stored = match(checkpoint, bones.shapes, tied=bones.tied, prefix=bones.prefix)
-    traced = trace(part, bones, getattr(torch, dtype), opset)
+def _graph(part: Part, bones: Skeleton, dtype: torch.dtype, opset: int) -> ir.Model:
+    """The part's graph as it will be, but for the values of its weights."""
+    traced = trace(part, bones, dtype, opset)
     model = traced.model
     for name, own in traced.names.items():
         value = model.graph.initializers.pop(name)
@@ -68,8 +70,14 @@ def _write_graph(
         value.const_value = ir.tensor(bones.constants[own].numpy(), name=own) if own in bones.constants else None
     simplify(model)
     lower_group_norm(model)
+    return model
+
+
+def _write_graph(
+    source: Source, part: Part, model: ir.Model, stored: Mapping[str, Stored], folder: Path, *, link: bool, placed: dict[Path, Path]
+) -> None:
     shutil.copyfile(source.path / part.network / "config.json", folder / "config.json")
-    attach(model, {n: stored[n] for n in model.graph.initializers if n in stored}, folder, link=link, placed=placed)
+    attach(model, {name: stored[name] for name in model.graph.initializers if name in stored}, folder, link=link, placed=placed)
     ir.save(model, folder / MODEL)
 
 

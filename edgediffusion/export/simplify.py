@@ -16,10 +16,12 @@ def simplify(model: ir.Model) -> None:
     with quiet():
         optimize_ir(model, onnx_shape_inference=False, should_fold=_touches_no_weight, output_size_limit=MOST_FOLDED_BYTES)
         common.RemoveUnusedNodesPass()(model)
-        common.RemoveUnusedFunctionsPass()(model)
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass()(model)
         # The tracer notes the line of the source file that each node comes from: paths and stack traces.
         common.ClearMetadataAndDocStringPass()(model)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *(v for node in model.graph.all_nodes() for v in node.outputs)):
+        value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name = "main"

@@ -64,7 +64,7 @@ def _tensors(network: torch.nn.Module) -> list[tuple[str, torch.Tensor, dict[str
     found: list[tuple[str, torch.Tensor, dict[str, torch.Tensor | None]]] = []
     for path, module in network.named_modules(remove_duplicate=False):
         for place in (module._parameters, module._buffers):
-            found += [(f"{path}.{key}" if path else key, tensor, place) for key, tensor in place.items() if tensor is not None]  # type: ignore[misc]
+            found += [(f"{path}.{key}" if path else key, tensor, place) for key, tensor in place.items() if tensor is not None]
     return found
 
 

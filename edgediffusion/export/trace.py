@@ -35,41 +35,36 @@ def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int) -> Tra
         arguments = {i.name: torch.zeros(i.example, dtype=_dtype(i, dtype)) for i in part.inputs}
     with quiet(), torch.no_grad():
         try:
-            program = torch.onnx.export(
-                wrapped,
-                (),
-                kwargs=arguments,
-                dynamic_shapes=_dynamic_shapes(part),
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
+            exported = torch.export.export(wrapped, (), arguments, dynamic_shapes=_dynamic_shapes(part), strict=False)
+            program = torch.onnx.export(exported, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+        except Exception as error:  # the exporter raises whatever the networks and its own stages do
             raise SourceError(
                 f"The component '{part.name}' cannot be exported: {_root(error)}", do="Please report this network."
             ) from error
     if program is None:
-        raise SourceError(f"The component '{part.name}' cannot be exported")
+        raise SourceError(f"The component '{part.name}' cannot be exported", do="Please report this network.")
     _name_interface(program.model, part)
     return Traced(program.model, {name: name.removeprefix(prefix) for name in program.model.graph.initializers})
 
 
 def _dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if tensor.dtype == FLOAT else getattr(torch, tensor.dtype)  # type: ignore[no-any-return]
+    return dtype if tensor.dtype == FLOAT else getattr(torch, tensor.dtype)
 
 
 def _dynamic_shapes(part: Part) -> dict[str, dict[int, Any]]:
-    """Dimensions that are known to be multiples are given as such: the graph then has no cases for odd sizes."""
+    """Axes that are known to be multiples are given as such: the graph then has no cases for odd sizes.
+
+    For the others the tracer finds the range itself. What it finds are the sizes that take the same way through the
+    network's Python code (diffusers has cases for 64 rows and more that compute the same); the graph takes any size.
+    """
     units: dict[str, Any] = {}
     shapes: dict[str, dict[int, Any]] = {}
     for tensor in part.inputs:
         shapes[tensor.name] = {}
         for place, axis in enumerate(tensor.axes):
             if not isinstance(axis, int):
-                most = axis.most // axis.multiple if axis.most else None
-                unit = units.setdefault(axis.name, torch.export.Dim(f"{axis.name}_unit", min=1, max=most))
-                shapes[tensor.name][place] = axis.multiple * unit if axis.multiple > 1 else unit
+                unit = units.setdefault(axis.name, torch.export.Dim(f"{axis.name}_unit", min=1))
+                shapes[tensor.name][place] = axis.multiple * unit if axis.multiple > 1 else torch.export.Dim.DYNAMIC
     return shapes
 
 
@@ -79,6 +74,8 @@ def _name_interface(model: ir.Model, part: Part) -> None:
     tensors = [*part.inputs, *part.outputs]
     renamed: dict[str, str] = {}
     for value, tensor in zip(values, tensors, strict=True):
+        if value in model.graph.inputs and value.name != tensor.name:
+            raise SourceError(f"The inputs of '{part.name}' were traced in another order", got=value.name)
         value.name = tensor.name
         for dim, axis in zip(value.shape or (), tensor.axes, strict=True):
             if isinstance(dim, ir.SymbolicDim) != (not isinstance(axis, int)):

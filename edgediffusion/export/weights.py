@@ -11,33 +11,19 @@ One file serves a graph: if any tensor needs case 3, all go to the new file, so 
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from edgediffusion.errors import SourceError
 from edgediffusion.export.checkpoint import Stored
+from edgediffusion.export.store import CODES, Planned, write_tensors
 from edgediffusion.files import link_or_copy
 
 CONVERTED = "weights.safetensors"
-_DTYPES = {
-    "F64": ir.DataType.DOUBLE,
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "I64": ir.DataType.INT64,
-    "I32": ir.DataType.INT32,
-    "I16": ir.DataType.INT16,
-    "I8": ir.DataType.INT8,
-    "U8": ir.DataType.UINT8,
-    "BOOL": ir.DataType.BOOL,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
 _FLOATS = {ir.DataType.BFLOAT16: 0, ir.DataType.FLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
 
 
@@ -51,7 +37,7 @@ def attach(model: ir.Model, stored: Mapping[str, Stored], folder: Path, *, link:
     """
     weights = {name: model.graph.initializers[name] for name in sorted(stored)}
     if any(_is_wider(_DTYPES[stored[name].dtype], _dtype(value)) for name, value in weights.items()):
-        here = _convert({name: (stored[name], _dtype(value)) for name, value in weights.items()}, folder / CONVERTED)
+        here = write_tensors(folder / CONVERTED, {name: _converted(name, stored[name], _dtype(v)) for name, v in weights.items()})
     else:
         here = dict(stored)
         for file in {stored[name].file for name in weights}:
@@ -84,25 +70,8 @@ def _point(model: ir.Model, value: ir.Value, stored: Stored, folder: Path) -> No
         node.replace_input_with(index, cast.outputs[0])
 
 
-def _convert(tensors: Mapping[str, tuple[Stored, ir.DataType]], file: Path) -> dict[str, Stored]:
-    """Write a safetensors file of ``tensors`` in other dtypes, one tensor in memory at a time."""
-    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))  # wide ones first keeps all aligned
-    entries: dict[str, Any] = {}
-    end = 0
-    for name in order:
-        source, dtype = tensors[name]
-        size = int(np.prod(source.shape, dtype=np.int64) * dtype.itemsize)
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(source.shape), "data_offsets": [end, end + size]}
-        end += size
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    base = 8 + len(header)
-    with open(file, "wb") as out:
-        out.write(struct.pack("<Q", len(header)) + header)
-        for name in order:
-            out.write(_values(name, *tensors[name]))
-    spans = {name: entry["data_offsets"] for name, entry in entries.items()}
-    return {n: Stored(file, e["dtype"], tuple(e["shape"]), base + spans[n][0], spans[n][1] - spans[n][0]) for n, e in entries.items()}
+def _converted(name: str, source: Stored, dtype: ir.DataType) -> Planned:
+    return Planned(dtype, source.shape, lambda: _values(name, source, dtype))
 
 
 def _values(name: str, source: Stored, dtype: ir.DataType) -> bytes:

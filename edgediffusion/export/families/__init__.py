@@ -22,7 +22,7 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Axis:
-    """A free axis: the graph takes any size that is a multiple of ``multiple``, up to ``most`` (None: no end).
+    """A free axis: the graph takes any size that is a multiple of ``multiple``.
 
     ``example`` is a size to trace with; two axes of one graph have different ones, or they would be taken for one.
     """
@@ -30,7 +30,6 @@ class Axis:
     name: str
     example: int
     multiple: int = 1
-    most: int | None = None
 
 
 BATCH = Axis("batch", 2)
@@ -49,7 +48,7 @@ class Tensor:
         return tuple(axis if isinstance(axis, int) else axis.example for axis in self.axes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """One graph to be made.
 

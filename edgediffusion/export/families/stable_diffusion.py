@@ -6,6 +6,8 @@ scale through the input ``timestep_cond``; others are guided by a second, uncond
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from edgediffusion.bundle import Sampling
@@ -87,12 +89,12 @@ def _unet(source: Source, tokens: int) -> Part:
     )
 
 
-def _coarsest(config: dict[str, object]) -> int:
+def _coarsest(config: dict[str, Any]) -> int:
     """Pixels of the latent that become one at the UNet's lowest level."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))  # type: ignore[arg-type]
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def _size(config: dict[str, object]) -> tuple[int, int]:
+def _size(config: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of a latent of the size that the UNet was trained for."""
     size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
-    return height, width
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

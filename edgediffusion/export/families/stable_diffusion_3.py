@@ -37,7 +37,7 @@ class Denoiser(torch.nn.Module):
         t5_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """sample [b, c, h, w], timestep [1]; the states of the encoders [b, tokens, width], their embeddings [b, width]."""
-        width = self.network.config.joint_attention_dim  # type: ignore[union-attr]
+        width: int = self.network.config.joint_attention_dim  # type: ignore[union-attr, assignment]
         clip = torch.cat([clip_hidden_states, clip_hidden_states_2], dim=-1)
         clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
         t5 = clip.new_zeros(clip.shape[0], T5_TOKENS, width) if t5_hidden_states is None else t5_hidden_states
@@ -86,8 +86,7 @@ def sampling(source: Source) -> Sampling:
 def _transformer(source: Source, texts: list[Part]) -> Part:
     config = source.config("transformer")
     patch = config["patch_size"]
-    most = config["pos_embed_max_size"] * patch  # the table of positions has no more rows and columns
-    rows, columns = Axis("height", 4 * patch, patch, most), Axis("width", 6 * patch, patch, most)
+    rows, columns = Axis("height", 4 * patch), Axis("width", 6 * patch)
     states, embeds = zip(*(text.outputs for text in texts[: len(_CLIPS)]), strict=True)
     others = [tensor for text in texts[len(_CLIPS) :] for tensor in text.outputs]
     return Part(
