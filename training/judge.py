@@ -21,11 +21,11 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
 from edgediffusion.files import dump_json, new_file, sha256
-from training import assemble, classifier, data
+from training import assemble, classifier, data, train
 
 REFERENCE = classifier.FOLDER.parent
 DOCS = Path(__file__).parent.parent / "docs" / "models"
@@ -66,10 +66,22 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], *, steps: int, guidanc
     for n, at in enumerate(range(0, len(prompts), BATCH)):
         generator = torch.Generator().manual_seed(seed + n)
         batch = prompts[at : at + BATCH]
-        images = pipeline(batch, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="np").images
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator, "output_type": "np"}
+        images = draw_batch(pipeline, batch, settings)
         parts.append(torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round())
         print(f"guidance {guidance:g}: {at + len(batch)}/{len(prompts)}", file=sys.stderr, flush=True)
     return classifier.as_signal(torch.cat(parts))
+
+
+@torch.no_grad()
+def draw_batch(pipeline: DiffusionPipeline, prompts: list[str], settings: dict) -> np.ndarray:
+    """Pictures [prompts, 32, 32, 1] in 0..1; of Stable Diffusion 3 with one zero token that counts 256 times, ten times faster."""
+    if not isinstance(pipeline, StableDiffusion3Pipeline):
+        return pipeline(prompts, **settings).images
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    conditions = dict(zip(names, pipeline.encode_prompt(prompts, None, None, max_sequence_length=1), strict=True))
+    with train.stand_in_for_absent_t5():
+        return pipeline(**conditions, **settings).images
 
 
 def class_prompts(count: int, seed: int) -> tuple[list[str], torch.Tensor]:

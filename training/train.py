@@ -3,7 +3,8 @@
     python -m training.train fashion-vae | fashion | fashion-dit | fashion-lcm | emoji-vae | emoji
 
 Order matters: a latent model needs its autoencoder first, ``fashion-lcm`` its teacher ``fashion``.
-Curves, checkpoints and sample grids: ``training/runs/<name>/``. ``training.assemble`` makes the pipelines of them.
+Curves and checkpoints: ``training/runs/<name>/``. ``training.assemble`` makes the pipelines of them, ``training.judge``
+their numbers and sample grids.
 """
 
 from __future__ import annotations
