@@ -27,6 +27,7 @@ from edgediffusion.export.weights import attach
 from edgediffusion.files import sha256
 
 MODEL = "model.onnx"
+_ORIGINS = ("_name_or_path", "name_or_path")
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript")
 
 
@@ -76,7 +77,7 @@ def _graph(part: Part, bones: Skeleton, dtype: torch.dtype, opset: int) -> ir.Mo
 def _write_graph(
     source: Source, part: Part, model: ir.Model, stored: Mapping[str, Stored], folder: Path, *, link: bool, placed: dict[Path, Path]
 ) -> None:
-    shutil.copyfile(source.path / part.network / "config.json", folder / "config.json")
+    _copy_file(source.path / part.network / "config.json", folder / "config.json")
     attach(model, {name: stored[name] for name in model.graph.initializers if name in stored}, folder, link=link, placed=placed)
     ir.save(model, folder / MODEL)
 
@@ -102,10 +103,10 @@ def _spec(tensor: Tensor, dtype: str) -> TensorSpec:
 def _copy_index(source: Source, folder: Path, family: Family) -> None:
     """The scheduler, and model_index.json without the optional components: no folder of theirs is in the bundle."""
     _copy_folder(source, "scheduler", folder)
-    index = dict(source.index)
+    index = {key: value for key, value in source.index.items() if key not in _ORIGINS}
     left_out = [name for name in family.OPTIONAL if name in source.components]
     if not left_out:
-        shutil.copyfile(source.path / INDEX, folder / INDEX)
+        _copy_file(source.path / INDEX, folder / INDEX)
         return
     index |= {name: [None, None] for name in left_out}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -116,7 +117,18 @@ def _copy_folder(source: Source, name: str, folder: Path) -> None:
     (folder / name).mkdir()
     for file in sorted((source.path / name).iterdir()):
         if file.is_file() and not file.name.startswith("."):
-            shutil.copyfile(file, folder / name / file.name)
+            _copy_file(file, folder / name / file.name)
+
+
+def _copy_file(file: Path, target: Path) -> None:
+    """As it is, but for the place that a configuration says it was loaded from: a path of somebody's machine, or a name."""
+    if file.name == INDEX or file.name.endswith("config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in content.items() if key not in _ORIGINS}
+        if kept != content:
+            target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            return
+    shutil.copyfile(file, target)
 
 
 def _known(folder: Path, placed: dict[Path, Path], digests: dict[Path, str]) -> dict[str, File]:

@@ -22,6 +22,7 @@ SAMPLERS = {
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
 }
+CLASSES = {sampler: kind for kind, sampler in SAMPLERS.items() if kind != "PNDMScheduler"}  # the way back
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
