@@ -1,0 +1,210 @@
+"""How far a bundle is from its source: each graph against its network in torch, and whole pictures against diffusers'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from edgediffusion.bundle import Bundle, Sampling
+from edgediffusion.errors import ArgumentError, BundleError
+from edgediffusion.export import Progress
+from edgediffusion.export.families import Axis, Part, Tensor, family_of
+from edgediffusion.export.quiet import quiet
+from edgediffusion.export.schedule import CLASSES
+from edgediffusion.export.source import Source
+from edgediffusion.runtimes.graph import Graph, open_graphs
+from edgediffusion.runtimes.pipeline import Pipeline
+
+PROMPTS = ("a red heart", "an ankle boot", "")
+MOST_DB = 150.0  # of pictures that are equal; float32 cannot tell anything closer
+_PICTURE_ROLES = ("encode", "denoise", "decode")
+_GRAPH_ROLES = (*_PICTURE_ROLES, "encode_image")
+_MOMENT = 0.421  # of the noise schedule, for the timestep of a single call
+
+
+@dataclass(frozen=True)
+class ComponentError:
+    """One output of one graph at one size: the largest difference over the largest magnitude of torch's output."""
+
+    component: str
+    output: str
+    shape: tuple[int, ...]
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class PictureError:
+    """One picture: the largest difference at any pixel in steps of 1/255, and the PSNR for a range of 1."""
+
+    prompt: str
+    largest_255: float
+    psnr_db: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """``relative_error``, ``largest_255`` and ``psnr_db`` are the worst of those below them."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    seed: int
+    relative_error: float
+    largest_255: float
+    psnr_db: float
+    components: tuple[ComponentError, ...]
+    pictures: tuple[PictureError, ...]
+
+
+def validate(
+    bundle: Bundle,
+    source: str | Path,
+    *,
+    prompts: Sequence[str] = (),
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    sampler: str | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> Validation:
+    """Compare a bundle with the folder it was exported from, which is loaded in float32.
+
+    Graphs are compared at two batch and two picture sizes with random inputs. Pictures begin with the same noise; what
+    is None is as the bundle recommends. ``target`` names the engines to compare, as for ``Pipeline.from_bundle``.
+
+    Raises:
+        SourceError: the source cannot be read. BundleError: the bundle cannot draw.
+        ArgumentError: it was made of a pipeline of another class, or no such sampler.
+    """
+    origin = Source.open(Path(source))
+    _check_origin(bundle, origin)
+    if bundle.sampling is None:
+        raise BundleError(f"The bundle '{bundle.path}' cannot draw", do="Export a whole pipeline.")
+    sampling, prompts = bundle.sampling, tuple(prompts) or PROMPTS
+    settled = _Run(
+        sampler or sampling.sampler, steps or sampling.steps, sampling.guidance_scale if guidance_scale is None else guidance_scale, seed
+    )
+    graphs = {graph.name: graph for graph in open_graphs(bundle, _GRAPH_ROLES, target=target, threads=None)}
+    parts = [part for part in family_of(origin)[1].parts(origin) if part.name in graphs]
+    total = len(parts) + len(prompts)
+    components: list[ComponentError] = []
+    for done, part in enumerate(parts):
+        _tell(progress, f"comparing {part.name}", done / total)
+        components += _compare_part(part, origin.load(part.network), graphs[part.name], sampling)
+    ours = Pipeline(bundle, {name: graph.session for name, graph in graphs.items() if graph.component.role in _PICTURE_ROLES})
+    theirs = _diffusers(origin, settled.sampler)
+    pictures = []
+    for done, prompt in enumerate(prompts, start=len(parts)):
+        _tell(progress, "drawing", done / total)
+        pictures.append(_compare_pictures(prompt, ours, theirs, settled))
+    _tell(progress, "compared", 1.0)
+    return _summary(settled, tuple(components), tuple(pictures))
+
+
+@dataclass(frozen=True)
+class _Run:
+    sampler: str
+    steps: int
+    guidance_scale: float
+    seed: int
+
+
+def _summary(run: _Run, components: tuple[ComponentError, ...], pictures: tuple[PictureError, ...]) -> Validation:
+    return Validation(
+        run.sampler,
+        run.steps,
+        run.guidance_scale,
+        run.seed,
+        relative_error=max(c.relative_error for c in components),
+        largest_255=max(p.largest_255 for p in pictures),
+        psnr_db=min(p.psnr_db for p in pictures),
+        components=components,
+        pictures=pictures,
+    )
+
+
+def _check_origin(bundle: Bundle, source: Source) -> None:
+    made_of = bundle.history[0].arguments.get("pipeline", source.class_name) if bundle.history else source.class_name
+    if made_of != source.class_name:
+        raise ArgumentError(
+            "The bundle was exported from a pipeline of another class",
+            got=f"{made_of} in the bundle, {source.class_name} in '{source.path}'",
+            do="Give the folder that the bundle was exported from.",
+        )
+
+
+def _compare_part(part: Part, network: torch.nn.Module, graph: Graph, sampling: Sampling) -> Iterator[ComponentError]:
+    wrapped = part.wrap(network).eval()
+    generator = np.random.default_rng(0)
+    for batch, extra in ((1, 0), (2, 0 if sampling.fixed_size else sampling.size_multiple)):
+        sizes = _sizes(sampling, batch, extra)
+        feeds = {tensor.name: _example(tensor, sizes, network, sampling, generator) for tensor in part.inputs}
+        binding = graph.bind({name: feed.shape for name, feed in feeds.items()})
+        for name, feed in feeds.items():
+            binding.inputs[name][...] = feed
+        binding.run()
+        with torch.no_grad(), quiet():
+            found = wrapped(**{name: torch.from_numpy(feed) for name, feed in feeds.items()})
+        for tensor, expected in zip(part.outputs, found if isinstance(found, tuple) else (found,), strict=True):
+            error = _relative(binding.outputs[tensor.name].astype(np.float32), expected.numpy())
+            yield ComponentError(part.name, tensor.name, tuple(expected.shape), error)
+
+
+def _sizes(sampling: Sampling, batch: int, extra: int) -> dict[str, int]:
+    """Of every free axis, for a picture that is ``extra`` pixels higher than the usual one."""
+    image = {"image_height": sampling.height + extra, "image_width": sampling.width}
+    return {"batch": batch, **image, **{name.removeprefix("image_"): size // sampling.downsampling for name, size in image.items()}}
+
+
+def _example(tensor: Tensor, sizes: Mapping[str, int], network: Any, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
+    """Random values of the kind that the input takes: ids of tokens, a timestep, or numbers of about unit size."""
+    shape = tuple(sizes[axis.name] if isinstance(axis, Axis) else axis for axis in tensor.axes)
+    if tensor.dtype.startswith("int"):
+        return generator.integers(0, network.config.vocab_size, shape)
+    if tensor.name == "timestep":
+        return np.full(shape, np.float32(int(_MOMENT * sampling.schedule.train_steps)))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def _compare_pictures(prompt: str, ours: Pipeline, theirs: Any, run: _Run) -> PictureError:
+    mine = ours(prompt, num_inference_steps=run.steps, guidance_scale=run.guidance_scale, seed=run.seed, sampler=run.sampler).pixels
+    with quiet():
+        generator = torch.Generator().manual_seed(run.seed)
+        other = theirs(
+            prompt, num_inference_steps=run.steps, guidance_scale=run.guidance_scale, generator=generator, output_type="np"
+        ).images
+    difference = np.abs(mine.astype(np.float64) - np.asarray(other).reshape(mine.shape))
+    mean_square = float(np.mean(difference**2))
+    psnr = MOST_DB if mean_square == 0 else min(MOST_DB, -10.0 * math.log10(mean_square))
+    return PictureError(prompt, float(difference.max() * 255), psnr)
+
+
+def _diffusers(source: Source, sampler: str) -> Any:
+    """diffusers' own pipeline in float32, with its scheduler for ``sampler``."""
+    if sampler not in CLASSES:
+        raise ArgumentError(f"diffusers has no scheduler that is known here for '{sampler}'", allowed=", ".join(sorted(CLASSES)))
+    left_out: dict[str, Any] = {"safety_checker": None} if "safety_checker" in source.components else {}
+    with quiet():
+        pipeline: Any = getattr(diffusers, source.class_name).from_pretrained(
+            source.path, torch_dtype=torch.float32, local_files_only=True, variant=source.variant(), **left_out
+        )
+        pipeline.scheduler = getattr(diffusers, CLASSES[sampler]).from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), np.finfo(np.float32).tiny))
+
+
+def _tell(progress: Progress | None, what: str, part: float) -> None:
+    if progress is not None:
+        progress(what, part)
