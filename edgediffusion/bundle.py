@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from edgediffusion.errors import BundleError
 from edgediffusion.files import dump_json, sha256
 
-_T = TypeVar("_T")
+_T = TypeVar("_T")  # one of the dataclasses below
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -242,7 +242,7 @@ def _from_json(path: Path, content: dict[str, Any]) -> Bundle:
 
 
 def _record(kind: type[_T], content: Mapping[str, Any]) -> _T:
-    _refuse_unknown(kind.__name__, content, {f.name for f in fields(kind)})
+    _refuse_unknown(kind.__name__, content, {f.name for f in fields(cast(Any, kind))})
     return kind(**content)
 
 

@@ -98,16 +98,16 @@ def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Jo
 
     prefix = f"{component.name}/"
     ranges = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
-    model = _load(bundle.path / component.model)
+    model = load_graph(bundle.path / component.model)
     report = insert_qdq(model, ranges, job.recipe, job.placement)
     target = folder / component.model
     target.parent.mkdir(exist_ok=True)
-    _store_weights(model, target.parent)
+    store_weights(model, target.parent)
     ir.save(model, target)
     return {"quantized": len(report.quantized), "float": dict(report.declined)}
 
 
-def _load(file: Path) -> Any:
+def load_graph(file: Path) -> Any:
     """A graph whose weights may be files with several links: onnx-ir takes those for an attack and refuses to read them.
 
     Opening the bundle has checked their hashes. A tensor with an absolute location and no base folder is read as it is.
@@ -125,7 +125,7 @@ def _load(file: Path) -> Any:
     return model
 
 
-def _store_weights(model: Any, folder: Path) -> None:
+def store_weights(model: Any, folder: Path) -> None:
     """Put the weights, quantized or not, into one new file of the component; small constants stay in the graph."""
     import onnx_ir as ir
 
