@@ -22,7 +22,7 @@ def calibrate(
     *,
     source: str | Path,
     output: str | Path,
-    strategy: str = "ndtc",
+    strategy: str = "uniform",
     samples: int = 128,
     steps: int | None = None,
     seed: int = 0,
