@@ -37,7 +37,7 @@ def _load(source: Source, name: str) -> Any:
             tokenizer = kind.from_pretrained(source.path / name, local_files_only=True)
             if not tokenizer.is_fast:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source.path / name, local_files_only=True, use_fast=True)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+    except Exception as error:  # the library beneath raises nothing narrower
         raise SourceError(f"The tokenizer '{name}' cannot be read: {str(error).splitlines()[0]}", do="Download it again.") from error
     if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
         raise SourceError(
