@@ -27,6 +27,8 @@ def write_tokenizer(source: Source, name: str, folder: Path, length: int) -> Tok
     file = folder / name / FILE
     if not file.is_file():
         tokenizer.backend_tokenizer.save(str(file))
+    if isinstance(tokenizer, transformers.CLIPTokenizer) and not (file.parent / "vocab.json").is_file():
+        tokenizer.backend_tokenizer.model.save(str(file.parent))  # the two files that transformers 4 and its users read
     return Tokenizer(file=f"{name}/{FILE}", length=length, pad_id=int(tokenizer.pad_token_id))
 
 

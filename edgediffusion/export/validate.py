@@ -191,7 +191,9 @@ def _diffusers(source: Source, sampler: str) -> Any:
     """diffusers' own pipeline in float32, with its scheduler for ``sampler``."""
     if sampler not in CLASSES:
         raise ArgumentError(f"diffusers has no scheduler that is known here for '{sampler}'", allowed=", ".join(sorted(CLASSES)))
-    left_out: dict[str, Any] = {"safety_checker": None} if "safety_checker" in source.components else {}
+    # diffusers refuses some pipelines that lack a component, unless it is told so; and none is drawn with a safety checker.
+    left_out = dict.fromkeys([name for name, entry in source.index.items() if entry == [None, None]])
+    left_out |= {"safety_checker": None} if "safety_checker" in source.components else {}
     with quiet():
         pipeline: Any = getattr(diffusers, source.class_name).from_pretrained(
             source.path, torch_dtype=torch.float32, local_files_only=True, variant=source.variant(), **left_out
