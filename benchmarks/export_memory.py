@@ -1,4 +1,4 @@
-"""What exporting a pipeline costs: time, memory, and bytes written. Prints a table, or JSON with --json.
+"""What exporting a pipeline costs: time, memory, and bytes written; a table, and results/export_memory.json.
 
     python benchmarks/export_memory.py [SOURCE]
 
@@ -16,7 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-REFERENCE = Path(__file__).parent.parent / "edgediffusion" / "reference" / "fashion"
+from _report import REFERENCE, save
+
+from edgediffusion import text
+
+FASHION = REFERENCE / "fashion"
 IMPORTS = "import torch, diffusers, transformers, onnxscript, onnx_ir; from diffusers import StableDiffusionPipeline"
 EXPORT = "from edgediffusion.export import export; export(sys.argv[1], sys.argv[2], dtype=sys.argv[3])"
 MEASURED = """
@@ -59,15 +63,10 @@ def rows(source: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("source", nargs="?", type=Path, default=REFERENCE, help="a diffusers folder; the shipped one by default")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    found = rows(arguments.source)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-        return
-    for row in found:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    parser.add_argument("source", nargs="?", type=Path, default=FASHION, help="a diffusers folder; the shipped one by default")
+    found = rows(parser.parse_args().source)
+    print(text.table(list(found[0]), [list(row.values()) for row in found]))
+    save("export_memory", {"rows": found})
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ import venv
 from pathlib import Path
 
 import numpy as np
+from _report import REFERENCE, save
 
 from edgediffusion.export import export
 from edgediffusion.runtimes.pipeline import Pipeline
 
-REFERENCE = Path(__file__).parent.parent / "edgediffusion" / "reference" / "fashion"
+FASHION = REFERENCE / "fashion"
 # optimum-onnx pins transformers below 5, and diffusers knows it by the version that was current then.
 PACKAGES = ("torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6", "diffusers==0.35.2")
 ALLOWED_255 = 2.0
@@ -68,7 +69,7 @@ def compare(source: Path, python: Path, folder: Path, *, prompt: str, steps: int
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("source", nargs="?", type=Path, default=REFERENCE, help="a diffusers folder; the shipped one by default")
+    parser.add_argument("source", nargs="?", type=Path, default=FASHION, help="a diffusers folder; the shipped one by default")
     parser.add_argument("--environment", type=Path, help="where the virtual environment is, or is made and kept")
     parser.add_argument("--prompt", default="a black ankle boot")
     parser.add_argument("--steps", type=int, default=20)
@@ -80,6 +81,7 @@ def main() -> int:
             arguments.source, python, Path(folder), prompt=arguments.prompt, steps=arguments.steps, scale=arguments.guidance_scale
         )
     print(json.dumps(found, indent=1))
+    save("optimum_interop", found)
     return 0 if float(str(found["largest_255"])) <= ALLOWED_255 else 1
 
 

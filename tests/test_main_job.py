@@ -218,6 +218,11 @@ def test_bad_builds_are_refused(tmp_path: Path, exported: Bundle) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def heed_ctrl_c() -> None:
+    """In a child process: a shell's background jobs, such as a test run of that kind, pass on that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 VERBS = {
     "export": lambda f: ["export", str(FASHION), "-o", str(f / "out")],
     "quantize": lambda f: ["quantize", str(f / "in"), "--state", str(f / "state.json"), "-o", str(f / "out")],
@@ -233,7 +238,7 @@ def test_a_verb_that_is_stopped_leaves_nothing_and_works_again(
     shutil.copytree(exported.path, tmp_path / "in")
     state.save(tmp_path / "state.json")
     command = [str(COMMAND), *VERBS[verb](tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     limit = time.monotonic() + 120
     while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.001)

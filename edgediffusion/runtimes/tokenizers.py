@@ -40,8 +40,10 @@ class TextTokenizer:
         encodings = self._tokenizer.encode_batch(list(texts))
         for row, encoding in zip(ids, encodings, strict=True):
             row[: len(encoding.ids)] = encoding.ids
-        return Tokens(ids, tuple(self._overflow(encoding) for encoding in encodings))
+        return Tokens(ids, tuple(_cut(text, encoding) for text, encoding in zip(texts, encodings, strict=True)))
 
-    def _overflow(self, encoding: Any) -> str:
-        ids = [token for part in encoding.overflowing for token in part.ids]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+def _cut(text: str, encoding: Any) -> str:
+    """The end of a text that its encoding has no room for, as it was written: decoding would tell it in pieces of words."""
+    starts = [start for part in encoding.overflowing for start, end in part.offsets if end > start]  # marks have no extent
+    return text[min(starts) :].strip() if starts else ""

@@ -84,7 +84,9 @@ def test_every_optional_library_has_an_extra_of_the_package() -> None:
     assert all(f"\n{extra} = [" in pyproject for extra in set(EXTRAS.values()))
 
 
+# The first line: a shell's background jobs, such as a test run of that kind, pass on that SIGINT is ignored.
 LONG_COMMAND = """
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time, types
 from pathlib import Path
 fake = types.ModuleType("edgediffusion.export")

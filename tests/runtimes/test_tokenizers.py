@@ -79,6 +79,14 @@ def test_says_what_did_not_fit(tmp_path: Path) -> None:
     assert tokens.ids.tolist()[0] == [0, 3, 4, 6, 1, 1]  # start, three words, end, padding with the end mark
 
 
+def test_what_did_not_fit_is_told_as_it_was_written(clip: tuple[Any, Path]) -> None:
+    theirs, folder = clip
+    text = "a photo of a cat " * 20 + "beneath a Café, naïve 😀"
+    [cut] = TextTokenizer(Tokenizer("tokenizer.json", LENGTH, theirs.pad_token_id), folder)([text]).cut
+    assert 0 < len(cut) < len(text)
+    assert text.endswith(cut)
+
+
 def test_a_damaged_file_is_the_bundles_fault(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="tokenizer"):
