@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from edgediffusion import registry
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError, OutputError
-from edgediffusion.optimize.collect import Item, collect
+from edgediffusion.optimize.collect import Item
+from edgediffusion.optimize.items import Drawing, Drawn, draw_items
 from edgediffusion.optimize.state import LayerRanges, QuantizationState, weights_digest
 
 Progress = Callable[[str, float], None]
@@ -40,41 +40,31 @@ def calibrate(
         UnknownName: no such strategy or sampler. ArgumentError: no samples or prompts, or the bundle is of another source.
         OutputError: ``output`` exists. MissingExtra: the extra ``optimize`` is not installed.
     """
-    if samples < 1:
-        raise ArgumentError("Calibration needs at least one item", got=samples, allowed="1 and more")
-    chosen = registry.find("optimize.calibration", strategy, kind="strategy").Strategy()
     registry.require("modelopt", extra="optimize", purpose="Calibration")
     if Path(output).exists():
         raise OutputError(f"The output '{output}' exists already", do="Choose another name, or remove it first.")
     from edgediffusion.export.source import Source
-    from edgediffusion.runtimes.pipeline import Pipeline
 
     origin = Source.open(Path(source))
     _same_source(bundle, origin)
     (component,) = _denoisers(bundle)
-    pipeline = Pipeline.from_bundle(bundle)
-    steps = pipeline.sampling.steps if steps is None else steps
-    texts = list(prompts) if prompts is not None else _read_prompts(Path(source))
-    counts = chosen.allocate(steps, samples, seed=seed)
-    items = collect(pipeline, texts, counts, seed=seed, sampler=sampler, guidance_scale=guidance_scale, progress=progress)
-    layers = _measure(origin, component, items, progress)
-    state = QuantizationState(
+    texts = list(prompts) if prompts is not None else read_prompts(Path(source))
+    drawing = Drawing(strategy, samples, steps, seed, guidance_scale, sampler)
+    drawn = draw_items(bundle, texts, drawing, progress=progress)
+    state = _state(bundle, component, origin, drawn, progress)
+    state.save(Path(output))
+    return state
+
+
+def _state(bundle: Bundle, component: Component, origin: object, drawn: Drawn, progress: Progress) -> QuantizationState:
+    """Measure the ranges of the bundle's denoiser over the items."""
+    layers = _measure(origin, component, drawn.items, progress)
+    return QuantizationState(
         weights=weights_digest(bundle, component),
-        calibration={
-            "strategy": strategy,
-            "options": dict(vars(chosen)),
-            "counts": counts.tolist(),
-            "seed": seed,
-            "sampler": sampler or pipeline.sampling.sampler,
-            "guidance_scale": pipeline.sampling.guidance_scale if guidance_scale is None else guidance_scale,
-            "prompts": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-            "algorithm": "max",
-        },
+        calibration={**drawn.record, "algorithm": "max"},
         layers={f"{component.name}/{name}": ranges for name, ranges in layers.items()},
         versions={tool: version(tool) for tool in ("nvidia-modelopt", "torch", "diffusers")},
     )
-    state.save(Path(output))
-    return state
 
 
 def _measure(source: object, component: Component, items: Sequence[Item], progress: Progress) -> dict[str, LayerRanges]:
@@ -115,7 +105,7 @@ def _same_source(bundle: Bundle, source: object) -> None:
         )
 
 
-def _read_prompts(source: Path) -> list[str]:
+def read_prompts(source: Path) -> list[str]:
     file = source / PROMPTS
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     if not any(lines):
