@@ -1,8 +1,11 @@
 """An independent judge of fashion pictures: a small CNN that has seen real Fashion-MNIST training images only.
 
-    python -m training.classifier      resumes; writes edgediffusion/reference/fashion-classifier
+    python -m training.classifier            resumes; writes edgediffusion/reference/fashion-classifier
+    python -m training.classifier --judge    only writes the judge's files there anew, from the weights that are there
 
-The folder's ``config.json`` lists the layers in order, so that any runtime can rebuild the network from it.
+The folder's ``config.json`` lists the layers in order, so that any runtime can rebuild the network from it. Beside it lies
+the same network as a judge for ``edgediffusion compare``, which knows no torch: ``judge.onnx``, ``judge.json`` and, in
+``real.npz``, mean and covariance of the test images' features. docs/quality.md specifies these.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgediffusion.files import dump_json, new_folder
+from edgediffusion.files import dump_json, new_file, new_folder
+from edgediffusion.profiles import gaussian, judges
 from training import data
 from training.loop import Plan, Trainer, device
 
@@ -25,6 +31,8 @@ FOLDER = Path(__file__).parent.parent / "edgediffusion" / "reference" / "fashion
 PLAN = Plan(steps=2800, batch=128, learning_rate=2e-3, warmup=100, decay_part=0.6, ema=0.99)
 # (channels in, channels out, stride) of the 3x3 convolutions, each followed by a ReLU.
 CONVOLUTIONS = ((1, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 96, 2))
+YARDSTICKS = tuple(2**k for k in range(4, 14))  # numbers of real training images whose Fréchet distance is told
+SUBSETS = 20  # of the training images, for each of them
 
 
 class Classifier(nn.Module):
@@ -116,12 +124,96 @@ def save(network: Classifier, folder: Path, accuracy: float) -> None:
         (partial / "model.safetensors").chmod(0o644)
 
 
+# --- the judge
+
+
+def write_onnx(network: Classifier, file: Path) -> None:
+    """The network as plain ONNX operators, with every activation, the features and the logits as outputs."""
+    nodes, outputs, x = [], [], "pixels"
+    for n, convolution in enumerate(network.convolutions):
+        stride, padding = list(convolution.stride), 2 * list(convolution.padding)
+        weights = [f"convolutions.{n}.weight", f"convolutions.{n}.bias"]
+        nodes.append(helper.make_node("Conv", [x, *weights], [f"sum_{n}"], f"conv_{n}", strides=stride, pads=padding))
+        nodes.append(helper.make_node("Relu", [f"sum_{n}"], [x := f"layer_{n}"], x))
+        outputs.append((x, ["batch", convolution.out_channels, f"height_{n}", f"width_{n}"]))
+    nodes += [
+        helper.make_node("GlobalAveragePool", [x], ["pooled"], "pool"),
+        helper.make_node("Flatten", ["pooled"], ["features"], "flatten"),
+        helper.make_node("Gemm", ["features", "head.weight", "head.bias"], ["logits"], "head", transB=1),
+    ]
+    outputs += [("features", ["batch", network.head.in_features]), ("logits", ["batch", network.head.out_features])]
+    weights = [numpy_helper.from_array(v.detach().float().numpy(), k) for k, v in network.state_dict().items()]
+    graph = helper.make_graph(nodes, "fashion-classifier", [_value("pixels", ["batch", 1, 32, 32])], [_value(*o) for o in outputs], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="edgediffusion")
+    onnx.checker.check_model(model, full_check=True)
+    with new_file(file, replace=True) as partial:
+        partial.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _value(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def write_judge(network: Classifier, folder: Path) -> None:
+    """``judge.onnx``, ``real.npz`` and ``judge.json``; what the judge says of real images is found out by itself."""
+    write_onnx(network, folder / "judge.onnx")
+    content = {
+        "format": judges.FORMAT,
+        "what": "Fashion-MNIST classifier, trained on real images only; judges pictures of 32x32 greys, the item bright on black",
+        "model": "judge.onnx",
+        "input": {"name": "pixels", "layout": "nchw", "height": 32, "width": 32, "channels": 1, "mean": 0.5, "std": 0.5},
+        "outputs": {"logits": "logits", "features": "features", "layers": [f"layer_{n}" for n in range(len(network.convolutions))]},
+        "classes": data.FASHION_NAMES,
+        "prompts": judge_prompts(),
+    }
+    _write_json(folder, content)
+    judge = judges.load(folder)
+    x, y = images("test")
+    test = judge.look(as_pixels(x), layers=False)
+    judges.write_real(folder / "real.npz", test.features)
+    train_features = judge.look(as_pixels(images("train")[0]), layers=False).features
+    accuracy = float(np.mean(test.logits.argmax(1) == y.numpy()))
+    yardsticks = frechet_of_real(train_features, gaussian.fit(test.features))
+    _write_json(folder, {**content, "real": {"statistics": "real.npz", "agreement": round(accuracy, 4), "frechet": yardsticks}})
+
+
+def judge_prompts() -> list[str]:
+    """Captions without a tone, six for each class, the classes in turn: any number of them shows every class about as often."""
+    captions = [data.fashion_captions(label, None) for label in range(len(data.FASHION_NAMES))]
+    return [of_class[n % len(of_class)] for n in range(6) for of_class in captions]
+
+
+def frechet_of_real(train_features: np.ndarray, test: gaussian.Gaussian) -> dict[str, float]:
+    """The Fréchet distance of n real training images to the test set, the mean over ``SUBSETS`` of them; and of all of them."""
+    rng, root = np.random.default_rng(0), gaussian.root(test.covariance)
+    found = {}
+    for n in YARDSTICKS:
+        subsets = [rng.choice(len(train_features), n, replace=False) for _ in range(SUBSETS)]
+        found[n] = np.mean([gaussian.frechet(test, gaussian.fit(train_features[subset]), root_a=root) for subset in subsets])
+    found[len(train_features)] = gaussian.frechet(test, gaussian.fit(train_features), root_a=root)
+    return {str(n): round(float(value), 4) for n, value in found.items()}
+
+
+def as_pixels(pixels: torch.Tensor) -> np.ndarray:
+    """[n, 1, 32, 32] of 0..255 to [n, 32, 32, 1] of 0..1."""
+    return (pixels.permute(0, 2, 3, 1).float() / 255).numpy()
+
+
+def _write_json(folder: Path, content: dict) -> None:
+    with new_file(folder / "judge.json", replace=True) as partial:
+        partial.write_text(dump_json(content), encoding="utf-8")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--judge"]:
+        write_judge(load(), FOLDER)
+        return
     network = train().half().float()
     x, y = images("test")
     accuracy = (evaluate(network, as_signal(x))[0] == y).float().mean().item()
     print(f"fashion-classifier: {accuracy:.2%} of the real test images", file=sys.stderr)
     save(network, FOLDER, round(accuracy, 4))
+    write_judge(network, FOLDER)
 
 
 if __name__ == "__main__":
