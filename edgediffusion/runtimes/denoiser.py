@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.engines import Binding
 from edgediffusion.runtimes.schedules import Point, Points
+
+if TYPE_CHECKING:
+    from edgediffusion.runtimes.corrections import Corrector
 
 Observe = Callable[[int, Mapping[str, np.ndarray]], None]
 
@@ -22,6 +26,7 @@ class Denoiser:
     ``conditions`` are fed with every call, each [rows, ...]. With ``classifier_free_scale`` a call has two rows per
     image, the unconditional ones first as in diffusers, and the prediction is u + scale (c - u) (Ho and Salimans
     2022, in diffusers' parametrization). ``observe`` gets the number of the step and a copy of each array fed.
+    ``corrector`` changes the guided prediction before it becomes an estimate of x_0.
     """
 
     binding: Binding
@@ -30,15 +35,27 @@ class Denoiser:
     conditions: Mapping[str, np.ndarray]
     classifier_free_scale: float | None = None
     observe: Observe | None = None
+    corrector: Corrector | None = None
 
     def __call__(self, x: np.ndarray, i: int) -> np.ndarray:
         point = self.points.at[i]
         self._feed(x, point.timestep)
         if self.observe is not None:
             self.observe(i, {name: array.copy() for name, array in self.binding.inputs.items()})
+        output = self._run()
+        if self.corrector is not None:
+            self.corrector.prediction(output, x, i)
+        return to_x0(self.prediction, x, output, point)
+
+    def predict(self, x: np.ndarray, at: Point) -> np.ndarray:
+        """The guided prediction itself, uncorrected, for x [images, ...] at any point; a new array."""
+        self._feed(x, at.timestep)
+        return self._run()
+
+    def _run(self) -> np.ndarray:
         self.binding.run()
         (output,) = self.binding.outputs.values()
-        return to_x0(self.prediction, x, self._guided(output.astype(np.float32)), point)
+        return self._guided(output.astype(np.float32))
 
     def _feed(self, x: np.ndarray, timestep: float) -> None:
         # The conditions are written each time, although they do not change: another loop may use the same buffers.
@@ -69,6 +86,24 @@ def to_x0(prediction: str, x: np.ndarray, output: np.ndarray, at: Point) -> np.n
     if prediction == "flow":
         return x - at.sigma * output
     return output
+
+
+def to_epsilon(prediction: str, x: np.ndarray, output: np.ndarray, at: Point) -> np.ndarray:
+    """The estimate of the noise at x = alpha x_0 + sigma noise from any prediction, see ``to_x0``; for sigma > 0."""
+    if prediction == "epsilon":
+        return output
+    if prediction == "v":
+        return at.sigma * x + at.alpha * output
+    if prediction == "flow":
+        return x + at.alpha * output
+    return (x - at.alpha * output) / at.sigma
+
+
+def epsilon_gain(prediction: str, at: Point) -> float:
+    """How many times an error of the prediction is the error of epsilon that it makes: the slope of ``to_epsilon``."""
+    if prediction == "sample":
+        return -at.alpha / at.sigma
+    return 1.0 if prediction == "epsilon" else at.alpha
 
 
 def check_predictable(prediction: str, points: Points, sampler: str) -> None:

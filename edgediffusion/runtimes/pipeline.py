@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ import numpy as np
 from edgediffusion.bundle import Bundle, Sampling
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
 from edgediffusion.runtimes import noise as noises
+from edgediffusion.runtimes.corrections import Corrector, Deployment, Run, Starts
+from edgediffusion.runtimes.corrections._file import graph_digest, resolve
 from edgediffusion.runtimes.denoiser import Denoiser, Observe, guidance_embedding
 from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph, open_graphs
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 ROLES = ("encode", "denoise", "decode")
 _LOOP_INPUTS = ("sample", "timestep", "timestep_cond")
+_OTHER_STREAM = 1 << 63  # added to a seed: the noise of a correction is none that a picture starts from
 
 
 @dataclass(frozen=True)
@@ -109,22 +112,25 @@ class Pipeline:
         *,
         callback: Callable[[Step], bool | None] | None = None,
         observe: Observe | None = None,
+        correction: Starts | str | Path | None = None,
         **options: Unpack[Options],
     ) -> Result:
         """Draw. ``options`` are the other fields of ``Request``: ``num_inference_steps``, ``guidance_scale``, ``seed``, ...
 
         ``callback`` is called after every step; the work stops when it returns False. ``observe`` is called with the
-        number of the step and the arrays before every call of the network.
+        number of the step and the arrays before every step's call of the network. ``correction`` takes quantization
+        noise out of the predictions: the file that ``edgediffusion correct`` wrote, a loaded one, or ``qncd``.
 
         Raises:
-            ArgumentError: a value that cannot be used. Cancelled: the callback stopped the work.
+            ArgumentError: a value that cannot be used, a correction that was measured for something else.
+            Cancelled: the callback stopped the work.
         """
         request = Request(prompt, **options)
         settled = plan(request, self.sampling)
         started = time.perf_counter()
         conditions, cut = self._conditions(settled)
         encode_ms, times, latents = _since(started), [], None
-        for step in self._loop(request, settled, conditions, observe):
+        for step in self._loop(request, settled, conditions, observe, correction):
             times.append(step.elapsed_ms)
             latents = step.latents
             if callback is not None and callback(step) is False:
@@ -135,18 +141,52 @@ class Pipeline:
         seeds = (request.seed,) if isinstance(request.seed, int) else tuple(request.seed)
         return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), _since(started)), (*settled.warnings, *cut))
 
-    def steps(self, prompt: str | Sequence[str], *, observe: Observe | None = None, **options: Unpack[Options]) -> Iterator[Step]:
+    def steps(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        observe: Observe | None = None,
+        correction: Starts | str | Path | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[Step]:
         """The loop itself: a generator of steps, left by ``break`` or ``close``. Arguments as for a call."""
         request = Request(prompt, **options)
         settled = plan(request, self.sampling)
         conditions, _ = self._conditions(settled)
-        return self._loop(request, settled, conditions, observe)
+        return self._loop(request, settled, conditions, observe, correction)
+
+    def predictor(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> Callable[[np.ndarray, int], np.ndarray]:
+        """``predict(x, i)``: the guided prediction for x, float32 [images, c, h, w], at step i. Arguments as for a call."""
+        request = Request(prompt, **options)
+        settled = plan(request, self.sampling)
+        denoiser = self._denoiser(settled, self._conditions(settled)[0])
+        return lambda x, i: denoiser.predict(x, settled.points.at[i])
+
+    def deployment(self, **options: Unpack[Options]) -> Deployment:
+        """What a correction must be measured for to serve pictures that are drawn with these options."""
+        return self._deployment(plan(Request("", **options), self.sampling))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [images, c, h, w] of a step or a result to pixels: float32 [images, height, width, channels] in 0..1."""
         return self._pixels(latents)
 
-    def _loop(self, request: Request, plan: Plan, conditions: Mapping[str, np.ndarray], observe: Observe | None) -> Iterator[Step]:
+    def _loop(
+        self,
+        request: Request,
+        plan: Plan,
+        conditions: Mapping[str, np.ndarray],
+        observe: Observe | None,
+        correction: Starts | str | Path | None,
+    ) -> Iterator[Step]:
+        """Everything is checked here, before the first step is asked for."""
+        denoiser = replace(self._denoiser(plan, conditions), observe=observe)
+        corrector = Corrector() if correction is None else resolve(correction).start(self._run(request, plan, denoiser))
+        denoiser = replace(denoiser, corrector=corrector)
+        noise = noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
+        x = plan.points.start(_first_noise(request, plan, noise))
+        return self._steps(plan, x, denoiser, corrector, corrector.noise(noise))
+
+    def _steps(self, plan: Plan, x: np.ndarray, denoiser: Denoiser, corrector: Corrector, noise: noises.Noise) -> Iterator[Step]:
         x0: np.ndarray | None = None
 
         def denoise(x: np.ndarray, i: int) -> np.ndarray:
@@ -154,18 +194,36 @@ class Pipeline:
             x0 = denoiser(x, i)
             return x0
 
-        noise = noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
-        x = plan.points.start(_first_noise(request, plan, noise))
-        rows = plan.images * (2 if plan.classifier_free else 1)
-        shapes = {name: rows_of.shape for name, rows_of in conditions.items()}
-        binding = self._denoise.bind({**shapes, "sample": (rows, *x.shape[1:])})
-        scale = plan.guidance_scale if plan.classifier_free else None
-        denoiser = Denoiser(binding, self.sampling.prediction, plan.points, conditions, scale, observe)
         started = time.perf_counter()
         for i, latents in enumerate(plan.sampler.sample(denoise, x, plan.points, noise)):
             assert x0 is not None  # a step calls the network
+            if i + 1 < len(plan.points):
+                corrector.state(latents, i + 1)
             yield Step(i, len(plan.points), plan.points.at[i].timestep, latents, x0, _since(started), self._pixels)
             started = time.perf_counter()
+
+    def _denoiser(self, plan: Plan, conditions: Mapping[str, np.ndarray]) -> Denoiser:
+        rows = plan.images * (2 if plan.classifier_free else 1)
+        shapes = {name: rows_of.shape for name, rows_of in conditions.items()}
+        binding = self._denoise.bind({**shapes, "sample": (rows, *plan.latent_shape[1:])})
+        scale = plan.guidance_scale if plan.classifier_free else None
+        return Denoiser(binding, self.sampling.prediction, plan.points, conditions, scale)
+
+    def _run(self, request: Request, plan: Plan, denoiser: Denoiser) -> Run:
+        seeds = request.seed + _OTHER_STREAM if isinstance(request.seed, int) else [seed + _OTHER_STREAM for seed in request.seed]
+        noise = noises.source(seeds, plan.images, flavour="philox")
+        return Run(self._deployment(plan), self.sampling.prediction, plan.sampler, plan.points, noise, denoiser.predict)
+
+    def _deployment(self, plan: Plan) -> Deployment:
+        made_by = {verb.name: verb.arguments for verb in self.bundle.history}
+        return Deployment(
+            model=str(made_by.get("export", {}).get("source", "")),
+            graph=graph_digest(self.bundle),
+            state=str(made_by.get("quantize", {}).get("state", "")),
+            sampler=plan.sampler_name,
+            steps=len(plan.points),
+            guidance_scale=float(plan.guidance_scale),
+        )
 
     def _conditions(self, plan: Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """What is fed with every call, one row per image, or two with the unconditional ones first; and warnings."""

@@ -60,6 +60,7 @@ class Plan:
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
     latent_shape: tuple[int, int, int, int]
+    sampler_name: str
     sampler: Sampler
     points: Points
     guidance_scale: float
@@ -87,6 +88,7 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         prompts=prompts,
         negatives=negatives,
         latent_shape=(len(prompts), sampling.latent_channels, *_latent_size(request, sampling)),
+        sampler_name=name,
         sampler=sampler,
         points=points,
         guidance_scale=scale,

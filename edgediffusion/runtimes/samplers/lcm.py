@@ -11,7 +11,7 @@ from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.samplers import Denoise
-from edgediffusion.runtimes.schedules import Points, alpha_bars, require_kind, variance_preserving
+from edgediffusion.runtimes.schedules import Point, Points, alpha_bars, require_kind, variance_preserving
 
 ORDER = 0.0
 SOLVER_STEPS = 50  # of the solver that the students were distilled from: they know its timesteps only
@@ -44,3 +44,8 @@ def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise) -> Ite
         if i < len(points) - 1:
             x = to.alpha * x + to.sigma * noise.normal(x.shape)
         yield x
+
+
+def noise_terms(at: Point, to: Point) -> tuple[float, float]:
+    """s = sigma'; the boundary condition lets c_out of the estimate of x_0 through, which an error of epsilon moves."""
+    return to.sigma, -to.alpha * boundary(at.timestep)[1] * at.sigma / at.alpha
