@@ -161,7 +161,7 @@ def write_judge(network: Classifier, folder: Path) -> None:
         "format": judges.FORMAT,
         "what": "Fashion-MNIST classifier, trained on real images only; judges pictures of 32x32 greys, the item bright on black",
         "model": "judge.onnx",
-        "input": {"name": "pixels", "layout": "nchw", "height": 32, "width": 32, "channels": 1, "mean": 0.5, "std": 0.5},
+        "input": {"layout": "nchw", "height": 32, "width": 32, "channels": 1, "mean": 0.5, "std": 0.5},
         "outputs": {"logits": "logits", "features": "features", "layers": [f"layer_{n}" for n in range(len(network.convolutions))]},
         "classes": data.FASHION_NAMES,
         "prompts": judge_prompts(),

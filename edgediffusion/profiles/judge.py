@@ -20,7 +20,6 @@ BATCH = 32  # pictures that go through the network at once
 class Input:
     """What the network takes: (pixel - mean) / std of pixels in 0..1, one number for all channels or one for each."""
 
-    name: str
     layout: str
     height: int
     width: int
@@ -121,14 +120,14 @@ class Judge:
     def _run(self, pixels: np.ndarray, named: Sequence[str]) -> dict[str, np.ndarray]:
         """A last, smaller batch is filled up with zeros: the network is bound once, and sees each picture alike in any batch."""
         feed, binding = self._feed(pixels), self._binding()
-        buffer = binding.inputs[self.input.name]
+        (buffer,) = binding.inputs.values()
         found: dict[str, list[np.ndarray]] = {name: [] for name in named}
         for at in range(0, len(feed), len(buffer)):
             part = feed[at : at + len(buffer)]
             buffer[: len(part)], buffer[len(part) :] = part, 0
             binding.run()
             for name in named:
-                found[name].append(binding.outputs[name][: len(part)].copy())
+                found[name].append(binding.outputs[name][: len(part)].astype(np.float32))  # a copy: the buffer is used again
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def _binding(self) -> Binding:
@@ -153,7 +152,7 @@ class Judge:
     def _as_layer(self, output: np.ndarray) -> np.ndarray:
         """An output [n, channels, ...], or [n, ..., channels], as [n, channels, places]."""
         first = output if self.input.layout == "nchw" else np.moveaxis(output, -1, 1)
-        return np.asarray(first.reshape(*first.shape[:2], -1), np.float32)
+        return first.reshape(*first.shape[:2], -1)
 
 
 def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

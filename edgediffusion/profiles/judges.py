@@ -126,33 +126,47 @@ def _inside(folder: Path, name: str) -> Path:
 def _gaussian(file: Path) -> Gaussian:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return Gaussian(arrays["mean"].astype(np.float64), arrays["covariance"].astype(np.float64), int(arrays["items"]))
+            mean, covariance = (arrays[name].astype(np.float64) for name in ("mean", "covariance"))
+            return Gaussian(mean, covariance, int(arrays["items"]))
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"'{file.name}' is no .npz file: {error}") from None
 
 
 def _check(judge: Judge) -> None:
-    """What the file says fits the network, the classes and the statistics: found out by one run."""
-    _check_names(judge.session, judge.input, judge.outputs)
+    """What the file says fits the network, the words and the statistics: found out by one run."""
+    _check_network(judge.session, judge.input, judge.outputs)
+    if not all(isinstance(word, str) for words in (*judge.classes, judge.prompts) for word in words):
+        raise ValueError("classes are lists of words, and prompts are a list of texts")
     look = judge.look(np.zeros((1, judge.input.height, judge.input.width, judge.input.channels), np.float32))
     if look.logits is not None and judge.classes and look.logits.shape != (1, len(judge.classes)):
         raise ValueError(f"{len(judge.classes)} classes, and logits of shape {look.logits.shape}")
     if look.features is not None and look.features.ndim != 2:
         raise ValueError(f"features of shape {look.features.shape}, which is not one row for a picture")
-    width = 0 if look.features is None else look.features.shape[1]
-    if judge.real is not None and (judge.real.mean.shape, judge.real.covariance.shape) != ((width,), (width, width)):
-        raise ValueError(f"statistics of shape {judge.real.covariance.shape}, and {width} features of the network")
+    if judge.real is not None:
+        _check_real(judge.real, 0 if look.features is None else look.features.shape[1])
 
 
-def _check_names(session: Session, taken: Input, given: Outputs) -> None:
+def _check_network(session: Session, taken: Input, given: Outputs) -> None:
     if taken.layout not in LAYOUTS:
         raise ValueError(f"layout '{taken.layout}' is none of {', '.join(LAYOUTS)}")
-    sizes = {"n": None, "h": taken.height, "w": taken.width, "c": taken.channels}
-    stated = [sizes[letter] for letter in taken.layout]
-    images = [spec for spec in session.inputs if len(spec.shape) == 4 and spec.name == taken.name]
-    fits = [spec for spec in images if all(s is None or isinstance(a, str) or a == s for a, s in zip(spec.shape, stated, strict=True))]
-    if not fits or len(session.inputs) != 1:
-        raise ValueError(f"one input '{taken.name}' {stated}; the network has {[(s.name, list(s.shape)) for s in session.inputs]}")
+    if not np.all(np.asarray(taken.std) > 0):
+        raise ValueError(f"std is {taken.std}, not above zero")
+    sizes: dict[str, int | str] = {"n": "n", "h": taken.height, "w": taken.width, "c": taken.channels}
+    stated: list[int | str] = [sizes[letter] for letter in taken.layout]
+    shapes: list[list[int | str]] = [list(spec.shape) for spec in session.inputs]
+    if len(shapes) != 1 or not _fits(shapes[0], stated):
+        raise ValueError(f"an input of {stated}; the network takes {', '.join(map(str, shapes))}")
     known, named = {s.name for s in session.outputs}, {n for n in (given.logits, given.features, *given.layers) if n}
     if not named or not named <= known:
         raise ValueError(f"outputs {sorted(named)}; the network has {sorted(known)}")
+
+
+def _fits(shape: list[int | str], stated: list[int | str]) -> bool:
+    return len(shape) == 4 and all(isinstance(own, str) or asked in (own, "n") for own, asked in zip(shape, stated, strict=True))
+
+
+def _check_real(real: Gaussian, features: int) -> None:
+    if (real.mean.shape, real.covariance.shape) != ((features,), (features, features)):
+        raise ValueError(f"statistics of shape {real.covariance.shape}, and {features} features of the network")
+    if not (np.isfinite(real.mean).all() and np.isfinite(real.covariance).all()):
+        raise ValueError("statistics hold values that are no numbers")

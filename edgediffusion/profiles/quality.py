@@ -36,7 +36,7 @@ def compare(
     bundle: Bundle,
     reference: Bundle,
     *,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str] | None = None,
     samples: int = 256,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -55,13 +55,11 @@ def compare(
     Raises:
         ArgumentError: no prompts, too few samples, or bundles that draw different sizes. BundleError: one that cannot draw.
     """
-    asked = tuple(prompts) or (() if judge is None else judge.prompts)
-    if not asked:
-        raise ArgumentError("There is nothing to draw", got="no prompts", do="Give prompts, or a judge that has its own.")
+    asked = _asked(prompts, judge)
     if samples < 2:
         raise ArgumentError("Too few pictures to compare", got=samples, allowed="two and more")
     engines = target if target in (None, "onnx", *reference.targets) else None
-    pair = (Pipeline.from_bundle(bundle, target=target), Pipeline.from_bundle(reference, target=engines))
+    pair = Pipeline.from_bundle(bundle, target=target), Pipeline.from_bundle(reference, target=engines)
     all_prompts = [asked[i % len(asked)] for i in range(samples)]
     tally = _Tally(_Yard(judge, _wanted(all_prompts, samples, judge), bootstrap))
     warnings: dict[str, None] = {}
@@ -126,6 +124,13 @@ class Reference:
         return tally.quality(progress)
 
 
+def _asked(prompts: Sequence[str] | None, judge: Judge | None) -> tuple[str, ...]:
+    asked = tuple(prompts) if prompts is not None else () if judge is None else judge.prompts
+    if not asked:
+        raise ArgumentError("There is nothing to draw", got="no prompts", do="Give some (--prompts), or a judge with its own (--judge).")
+    return asked
+
+
 def _refuse_shapes(pixels: np.ndarray, reference: np.ndarray) -> None:
     if pixels.shape != reference.shape:
         raise ArgumentError(
@@ -135,13 +140,19 @@ def _refuse_shapes(pixels: np.ndarray, reference: np.ndarray) -> None:
         )
 
 
+def _refuse_values(pixels: np.ndarray) -> None:
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= 0 and high <= 1):  # nor is NaN
+        raise ArgumentError("These values are no pictures", got=f"{low:.4g} to {high:.4g}", allowed="0 to 1")
+
+
 def _run(
     pair: Sequence[Pipeline], steps: int | None, guidance_scale: float | None, *, seed: int, prompts: int, warnings: tuple[str, ...]
 ) -> Run:
     (of_bundle, of_reference) = (p.sampling for p in pair)
     return Run(
-        bundle=pair[0].bundle.path.name,
-        reference=pair[1].bundle.path.name,
+        bundle=str(pair[0].bundle.path),
+        reference=str(pair[1].bundle.path),
         prompts=prompts,
         seed=seed,
         steps=of_bundle.steps if steps is None else steps,
@@ -193,6 +204,8 @@ class _Tally:
 
     def add(self, pixels: np.ndarray, reference: np.ndarray) -> None:
         views = []
+        for shown in (pixels, reference):
+            _refuse_values(shown)
         for shown, looks in zip((pixels, reference), self._looks, strict=True):
             look = Look(None, None, ()) if self._yard.judge is None else self._yard.judge.look(shown)
             views.append(View(shown, look.layers))
