@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from edgediffusion.runtimes.pipeline import Pipeline
+from edgediffusion.errors import BundleError
+from edgediffusion.optimize.parts import Parts
+from edgediffusion.runtimes.pipeline import Pipeline, Step
 
-BATCH = 8  # trajectories at a time
+BATCH = 8  # trajectories at a time; another number would give each other noise
 
 
 @dataclass(frozen=True)
@@ -30,37 +32,80 @@ def collect(
     seed: int,
     sampler: str | None = None,
     guidance_scale: float | None = None,
+    parts: Parts | None = None,
+    tell: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, float], None] = lambda label, part: None,
 ) -> list[Item]:
     """One item from each of ``counts.sum()`` trajectories, ``counts[i]`` of them at step i of ``len(counts)``.
 
     Every trajectory has its own prompt (cycled) and its own noise. Those whose items lie at like steps are drawn
-    together, so that a batch can stop as soon as its last item is in hand.
+    together, so that a batch can stop as soon as its last item is in hand. Batches that are among ``parts`` are not
+    drawn again, and ``tell`` is told how many items they held; the others are added to them.
+
+    Raises:
+        BundleError: the network is given or gives a number that is not finite; the message names the step.
     """
+    parts = parts or Parts(None)
     wanted = np.repeat(np.arange(len(counts)), counts)
-    order = np.random.default_rng(seed).permutation(len(wanted))
-    chosen = [prompts[i % len(prompts)] for i in order]
-    items: list[Item] = []
-    for start in range(0, len(wanted), BATCH):
-        part = slice(start, start + BATCH)
-        progress("items", start / len(wanted))
-        options: dict[str, Any] = {"sampler": sampler, "guidance_scale": guidance_scale, "seed": seed + start}
-        items += _batch(pipeline, chosen[part], wanted[part], len(counts), options)
+    batches = {start: _Batch(assign(prompts, len(wanted), seed, start), wanted[start : start + BATCH]) for start in _starts(wanted)}
+    items = {start: found for start, batch in batches.items() if (found := _read(parts, start, batch)) is not None}
+    if items:
+        tell(f"{sum(map(len, items.values()))} of {len(wanted)} items were there already, from a run that was stopped.")
+    for start in _starts(wanted):
+        if start not in items:
+            progress("items", sum(map(len, items.values())) / len(wanted))
+            options: dict[str, Any] = {"sampler": sampler, "guidance_scale": guidance_scale, "seed": seed + start}
+            items[start] = batches[start].draw(pipeline, len(counts), options)
+            parts.write(_name(start), _to_arrays(items[start]))
     progress("items", 1.0)
-    return items
+    return [item for start in _starts(wanted) for item in items[start]]
 
 
-def _batch(pipeline: Pipeline, prompts: list[str], wanted: np.ndarray, steps: int, options: Mapping[str, Any]) -> Iterator[Item]:
-    found: dict[int, Item] = {}
+def assign(prompts: Sequence[str], samples: int, seed: int, start: int = 0) -> list[str]:
+    """The prompts of the batch that begins at trajectory ``start`` of ``samples``."""
+    order = np.random.default_rng(seed).permutation(samples)
+    return [prompts[i % len(prompts)] for i in order[start : start + BATCH]]
 
-    def observe(step: int, feeds: Mapping[str, np.ndarray]) -> None:
-        for row in map(int, np.flatnonzero(wanted == step)):
-            found[row] = Item(step, prompts[row], {name: _rows(array, row, len(prompts)) for name, array in feeds.items()})
 
-    for step in pipeline.steps(prompts, num_inference_steps=steps, observe=observe, **options):
-        if step.index >= wanted.max():
-            break
-    return iter([found[row] for row in range(len(prompts))])
+def check_finite(step: Step, feeds: Mapping[str, np.ndarray], prompts: Sequence[str]) -> None:
+    """Refuse a step at which the network was given, or gave, a number that is not finite.
+
+    Raises:
+        BundleError: names the step, the tensor and the prompt.
+    """
+    given = {f"its input '{name}'": array for name, array in feeds.items()}
+    for what, array in {**given, "its output": step.denoised}.items():
+        if not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
+            raise BundleError(
+                f"The denoiser meets numbers that are not finite (NaN or infinite) at step {step.index + 1} of {step.total}",
+                got=f"{what} at time step {step.timestep:g}, for the prompt '{prompts[row % len(prompts)]}'",
+                do="A float16 bundle can overflow: export it with --dtype fp32. If it is float32, its weights are damaged or "
+                "its guidance is too strong.",
+            )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Trajectories that are drawn together: for each its prompt and the step that its item is taken at."""
+
+    prompts: list[str]
+    wanted: np.ndarray
+
+    def draw(self, pipeline: Pipeline, steps: int, options: Mapping[str, Any]) -> list[Item]:
+        found: dict[int, Item] = {}
+        fed: dict[str, np.ndarray] = {}
+
+        def observe(step: int, feeds: Mapping[str, np.ndarray]) -> None:
+            fed.update(feeds)
+            for row in map(int, np.flatnonzero(self.wanted == step)):
+                found[row] = Item(step, self.prompts[row], {name: _rows(array, row, len(self.prompts)) for name, array in feeds.items()})
+
+        for step in pipeline.steps(self.prompts, num_inference_steps=steps, observe=observe, **options):
+            check_finite(step, fed, self.prompts)
+            if step.index >= self.wanted.max():
+                break
+        return [found[row] for row in range(len(self.prompts))]
 
 
 def _rows(array: np.ndarray, row: int, pictures: int) -> np.ndarray:
@@ -68,3 +113,23 @@ def _rows(array: np.ndarray, row: int, pictures: int) -> np.ndarray:
     if array.ndim == 0 or len(array) % pictures:
         return array.copy()
     return array[row::pictures].copy()
+
+
+def _starts(wanted: np.ndarray) -> range:
+    return range(0, len(wanted), BATCH)
+
+
+def _name(start: int) -> str:
+    return f"items-{start:06}"
+
+
+def _to_arrays(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    return {name: np.stack([item.feeds[name] for item in items]) for name in items[0].feeds}
+
+
+def _read(parts: Parts, start: int, batch: _Batch) -> list[Item] | None:
+    arrays = parts.read(_name(start))
+    if arrays is None:
+        return None
+    rows = enumerate(zip(batch.wanted.tolist(), batch.prompts, strict=True))
+    return [Item(step, prompt, {name: array[row, ...] for name, array in arrays.items()}) for row, (step, prompt) in rows]

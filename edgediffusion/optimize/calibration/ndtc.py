@@ -11,26 +11,31 @@ Both clamp t to [0, T - 1]; ``clip="resample"`` draws again instead (D2-DPM, 250
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from edgediffusion.errors import ArgumentError
+from edgediffusion.optimize.calibration import Features, check_choice, check_range
 
 
 @dataclass(frozen=True)
 class Strategy:
+    SKIPS: ClassVar[bool] = False
     variant: str = "code"
     mean_part: float = 0.4
     std_part: float = 0.4
     clip: str = "clamp"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("variant", ("code", "paper")), ("clip", ("clamp", "resample"))):
-            if getattr(self, name) not in allowed:
-                raise ArgumentError(f"ndtc has no such {name}", got=repr(getattr(self, name)), allowed=", ".join(allowed))
+        check_choice("ndtc", "variant", self.variant, ("code", "paper"))
+        check_choice("ndtc", "clip", self.clip, ("clamp", "resample"))
+        # Farther out, nearly every draw misses the trajectory, and drawing again would not end.
+        check_range("ndtc", "mean_part", self.mean_part, 0, 1)
+        check_range("ndtc", "std_part", self.std_part, 0.001, 10)
 
-    def allocate(self, steps: int, samples: int, *, seed: int) -> np.ndarray:
+    def allocate(self, steps: int, samples: int, *, seed: int, features: Callable[[str | None], Features]) -> np.ndarray:
         rng = np.random.default_rng(seed)
         t = self._draw(rng, steps, samples)
         outside = (t < 0) | (t >= steps)
