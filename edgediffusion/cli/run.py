@@ -31,6 +31,9 @@ from edgediffusion.registry import names
 @click.option(
     "--layout", type=click.Choice(["grid", "files"]), default="grid", show_default=True, help="Several pictures in one, or numbered files."
 )
+@click.option(
+    "--correction", default=None, metavar="FILE|qncd", help="Statistics that 'edgediffusion correct' wrote, or qncd, which has none."
+)
 @seed_option
 @engines_option
 @output_option("IMAGE", "The picture to write: .png, .jpg or .webp.")
