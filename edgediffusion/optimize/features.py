@@ -6,8 +6,8 @@ family needs to be known:
 1. The first node that reads both something that depends on ``sample`` and a parameter under the module's path.
 2. From there back, as long as a node has a single input that depends on ``sample`` and reads no parameter. That passes
    a normalization without weights, reshaping, and the scale and shift that come from the time step, and stops at a
-   residual sum, a concatenation or another layer. Of the tensors on that way, it is the first with as many axes as
-   the last: a picture stays a picture, a sequence a sequence.
+   residual sum, a concatenation, a transposition or another layer. Of the tensors on that way, it is the first with as
+   many axes as the last: a picture stays a picture, a sequence a sequence.
 
 A copy of the graph with that tensor as a second output is run by ONNX Runtime in place of the denoiser.
 """
@@ -131,7 +131,9 @@ def tensor_entering(graph: Any, cut: str) -> Any:
 
 def _enters(node: Any, flow: _Flow) -> Any:
     way = [flow.data(node)[0]]
-    while (before := way[-1].producer()) is not None and len(flow.data(before)) == 1 and not flow.parameters(before):
+    while (before := way[-1].producer()) is not None and before.op_type != "Transpose":
+        if len(flow.data(before)) != 1 or flow.parameters(before):
+            break
         way.append(flow.data(before)[0])
     return next(value for value in reversed(way) if _rank(value) == _rank(way[0]))
 
