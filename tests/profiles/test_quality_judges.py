@@ -171,6 +171,13 @@ def test_statistics_that_are_written_are_those_that_are_read(make: Make) -> None
     assert real.items == 12
 
 
+def test_the_example_of_the_document_is_one(tmp_path: Path) -> None:
+    text = (Path(edgediffusion.__file__).parent.parent / "docs" / "quality.md").read_text(encoding="utf-8")
+    (tmp_path / "judge.json").write_text(text.split("```json\n")[1].split("```")[0], encoding="utf-8")
+    with pytest.raises(ArgumentError, match=r"there is no file 'real\.npz'"):  # all fields were read before the files were
+        judges.load(tmp_path)
+
+
 # --- what is refused
 
 

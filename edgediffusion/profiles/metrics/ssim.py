@@ -43,5 +43,5 @@ def _windowed(x: np.ndarray) -> np.ndarray:
     """The Gaussian mean around every place whose window lies inside: [h, w, c] -> [h - 10, w - 10, c]."""
     for axis in (0, 1):
         inside = x.shape[axis] - WINDOW + 1
-        x = np.sum([weight * x.take(range(i, i + inside), axis) for i, weight in enumerate(_KERNEL)], axis=0)
+        x = np.asarray(sum(weight * np.take(x, range(i, i + inside), axis) for i, weight in enumerate(_KERNEL)))
     return x
