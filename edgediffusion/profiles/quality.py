@@ -19,7 +19,8 @@ from edgediffusion.runtimes.pipeline import Pipeline
 
 __all__ = ["PairScore", "Quality", "Reference", "Run", "SetScore", "compare", "measure", "psnr_db"]
 
-BATCH = 16  # pictures that are drawn, or compared, at once
+BATCH = 16  # pictures that are compared at once, and drawn at once where they are small
+SMALL = 32 * 32  # pixels; of larger pictures so many fewer are drawn at once, for memory
 USUAL = Bootstrap()
 
 Progress = Callable[[str, float], None]
@@ -62,11 +63,11 @@ def compare(
     pair = Pipeline.from_bundle(bundle, target=target), Pipeline.from_bundle(reference, target=engines)
     all_prompts = [asked[i % len(asked)] for i in range(samples)]
     tally = _Tally(_Yard(judge, _wanted(all_prompts, samples, judge), bootstrap))
+    batch = max(1, BATCH * SMALL // max(SMALL, pair[0].sampling.height * pair[0].sampling.width))
     warnings: dict[str, None] = {}
-    for at in range(0, samples, BATCH):
-        drawn = []
+    for at in range(0, samples, batch):
+        drawn, part = [], all_prompts[at : at + batch]
         for second, pipeline in enumerate(pair):
-            part = all_prompts[at : at + BATCH]
             progress("drawing", (at + second * len(part) / 2) / samples)
             seeds = range(seed + at, seed + at + len(part))
             result = pipeline(part, num_inference_steps=steps, guidance_scale=guidance_scale, seed=seeds)

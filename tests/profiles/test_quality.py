@@ -197,6 +197,17 @@ def test_steps_and_guidance_are_each_bundles_own_or_what_was_asked_for(reference
     assert (asked.steps, asked.reference_steps, asked.guidance_scale, asked.reference_guidance_scale) == (1, 1, 2.0, 2.0)
 
 
+@pytest.mark.parametrize(("side", "calls"), [(16, 1), (64, 2), (96, 5)])
+def test_of_large_pictures_few_are_drawn_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, calls: int) -> None:
+    large = write_bundle(tmp_path / "large", sampling=replace(SAMPLING, height=side, width=side))
+    seeds = []
+    draw = Pipeline.__call__
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, part, **options: seeds.append(options["seed"]) or draw(self, part, **options))
+    assert compare(large, large, prompts=PROMPTS, samples=5, steps=1, bootstrap=FEW).pictures == 5
+    assert len(seeds) == 2 * calls
+    assert [s for part in seeds[::2] for s in part] == list(range(5))
+
+
 def test_a_prompt_that_was_cut_is_told(reference: Bundle) -> None:
     run = compare(reference, reference, prompts=["a very " + "big " * 9 + "cat"], samples=2, steps=1, bootstrap=FEW).run
     assert run is not None
