@@ -197,7 +197,7 @@ def test_a_quantized_bundle_is_not_quantized_again(tmp_path: Path, quantized: Bu
     [
         ({"strategy": "ndct"}, UnknownName, "Did you mean 'ndtc'"),
         ({"samples": 0}, ArgumentError, "at least one item"),
-        ({"prompts": None}, ArgumentError, "one prompt on each line"),
+        ({"prompts": []}, ArgumentError, "one prompt on each line"),
         ({"sampler": "eulr"}, UnknownName, "euler"),
     ],
 )

@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +21,14 @@ from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, StableD
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from edgediffusion.cli._demo import prompts as fashion_prompts
 from edgediffusion.files import dump_json, new_folder
+from edgediffusion.optimize.calibrate import PROMPTS
 from training import networks, train
 from training.loop import RUNS, Trainer
 
 REFERENCE = Path(__file__).parent.parent / "edgediffusion" / "reference"
+FASHION = ("fashion", "fashion-dit", "fashion-lcm")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -126,8 +129,11 @@ ASSEMBLERS: dict[str, Callable[[str], DiffusionPipeline]] = {
 # --- folders of pipelines
 
 
-def write(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Save a pipeline in float16, with nothing in it of the machine that made it."""
+def write(pipeline: DiffusionPipeline, folder: Path, prompts: Sequence[str] = ()) -> None:
+    """Save a pipeline in float16, with nothing in it of the machine that made it.
+
+    ``prompts`` are what ``edgediffusion calibrate`` draws where it is given no others.
+    """
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     for name in TEXT_ENCODERS:
         if (folder / name).is_dir():
@@ -136,6 +142,8 @@ def write(pipeline: DiffusionPipeline, folder: Path) -> None:
     for name in TOKENIZERS:
         if (folder / name).is_dir():
             _write_tokenizer(getattr(pipeline, name), folder / name)
+    if prompts:
+        (folder / PROMPTS).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     for file in sorted(folder.rglob("*")):
         if file.name.endswith(("config.json", "model_index.json")):
             facts = json.loads(file.read_text())
@@ -181,12 +189,12 @@ def load(folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def replace_folder(folder: Path, pipeline: DiffusionPipeline) -> None:
+def replace_folder(folder: Path, pipeline: DiffusionPipeline, prompts: Sequence[str] = ()) -> None:
     """Write beside ``folder``, and only then put the result in its place."""
     fresh = folder.with_name(f"{folder.name}.fresh")
     shutil.rmtree(fresh, ignore_errors=True)
     with new_folder(fresh) as partial:
-        write(pipeline, partial)
+        write(pipeline, partial, prompts)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 
@@ -200,7 +208,7 @@ def main() -> None:
     folder = arguments.output or REFERENCE / arguments.name
     if folder.exists() and not arguments.replace:
         sys.exit(f"'{folder}' exists already. Give --replace, or another name with -o.")
-    replace_folder(folder, ASSEMBLERS[arguments.name](arguments.name))
+    replace_folder(folder, ASSEMBLERS[arguments.name](arguments.name), fashion_prompts() if arguments.name in FASHION else ())
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB", file=sys.stderr)
 

@@ -7,6 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from edgediffusion.cli._demo import prompts as fashion_prompts
+from edgediffusion.optimize.calibrate import read_prompts
 from training import assemble, judge, loop, networks, train
 from training.loop import Plan, Trainer
 
@@ -54,9 +56,10 @@ def draw(pipeline: DiffusionPipeline, prompt: str = "a bag", steps: int = 2):
 @pytest.mark.parametrize("kind", ["fashion", "fashion-dit", "fashion-lcm"])
 def test_folder_loads_draws_and_is_the_same_bytes_twice(kind, tmp_path):
     for name in ("one", "two"):
-        assemble.replace_folder(tmp_path / name, make(kind))
+        assemble.replace_folder(tmp_path / name, make(kind), ["a bag", "a dark boot"])
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
     check_files(tmp_path / "one")
+    assert (tmp_path / "one" / "prompts.txt").read_text() == "a bag\na dark boot\n"
     pipeline = assemble.load(tmp_path / "one")
     dtypes = {c.dtype for c in pipeline.components.values() if isinstance(c, torch.nn.Module)}
     assert dtypes == {torch.float32}
@@ -126,6 +129,11 @@ def test_shipped_folder_loads_and_draws(name):
     image = draw(assemble.load(REFERENCE / name), steps=4)
     assert image.size[0] == image.size[1]
     assert image.getextrema() != (0, 0)
+
+
+@pytest.mark.parametrize("name", assemble.FASHION)
+def test_shipped_folders_bring_prompts_to_calibrate_with(name):
+    assert read_prompts(REFERENCE / name) == fashion_prompts()
 
 
 def test_shipped_folders_are_small_together():
