@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -255,7 +256,12 @@ class TestEveryMethod:
         method = find(REGISTRY, name).Method
         assert hasattr(method, "fit") != hasattr(method, "start")
         assert method() == method()
-        assert find(REGISTRY, name).__doc__.count("(2") >= 1, "Name the paper by its arXiv number."
+
+    def test_is_documented_with_its_paper(self, name: str) -> None:
+        paper = re.search(r"\((\d{4}\.\d{5})\)|\((\d{4}\.\d{5}),", find(REGISTRY, name).__doc__ or "")
+        assert paper is not None, "Name the paper by its arXiv number."
+        document = (Path(__file__).parents[2] / "docs" / "corrections.md").read_text(encoding="utf-8")
+        assert f"| `{name}` ({paper[1] or paper[2]})" in document
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -564,6 +570,7 @@ class TestFile:
             (lambda c: c["parameters"].pop("k"), True, "lacks or misstates a field: 'k'"),
             (lambda c: c["parameters"].update(k=["a"]), True, "lacks or misstates a field"),
             (lambda c: c["parameters"].update(k=[0.0], b=[[0.0]], sigma=[1.0]), True, "not those of 3 steps"),
+            (lambda c: c["parameters"].update(k=[math.nan] * 3), True, "not a finite number"),
             (lambda c: c["deployment"].update(colour="red"), True, "lacks or misstates a field"),
         ],
     )

@@ -89,6 +89,8 @@ class Correction:
             terms = found.rule.terms(found.parameters)
             if {terms.scale.ndim, terms.shift.ndim} != {2} or len(terms.scale) != found.deployment.steps:
                 raise ValueError(f"its parameters are not those of {found.deployment.steps} steps")
+            if not all(np.isfinite(values).all() for values in found.parameters.values()):
+                raise ValueError("a parameter is not a finite number")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArgumentError(f"The correction '{path}' lacks or misstates a field: {error}") from None
         return found

@@ -6,7 +6,8 @@ is one more call of the network in ``every`` steps; the first estimate is made a
 before it. The released code sets the estimate of the deviation to zero, so there is none here.
 
 The mean is over one picture, so that a picture does not depend on its batch. It is a noisy estimate: even a perfect
-network's epsilon holds the noise that was in the state already, whose mean over n numbers is about 1 / sqrt(n).
+network's epsilon holds the noise that was in the state already, whose mean over n numbers is about 1 / sqrt(n). Taken back
+to pure noise, as at the second step of a flow, it finds zero.
 
 The intra-step part, a smoothing of the time embedding's channels, is a rewrite of the graph and not here.
 """
