@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from edgediffusion import registry
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError, OutputError
+from edgediffusion.optimize import parts
 from edgediffusion.optimize.collect import Item
-from edgediffusion.optimize.items import Drawing, Drawn, draw_items
+from edgediffusion.optimize.items import Drawing, Drawn, Tell, check_drawing, draw_items
 from edgediffusion.optimize.state import LayerRanges, QuantizationState, weights_digest
 
 Progress = Callable[[str, float], None]
@@ -29,15 +30,20 @@ def calibrate(
     prompts: Sequence[str] | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
+    options: Mapping[str, object] | None = None,
+    tell: Tell = lambda line: None,
     progress: Progress = lambda label, part: None,
 ) -> QuantizationState:
     """Find the ranges of the denoiser's layers and write them to ``output``.
 
     ``samples`` items are drawn with the sampler, steps and guidance of the deployment (by default the bundle's own),
-    at the steps that ``strategy`` chooses. ``prompts`` are by default the lines of ``prompts.txt`` in the source.
+    at the steps that ``strategy`` chooses, a name with ``options``. ``prompts`` are by default the lines of
+    ``prompts.txt`` in the source. A run that was stopped keeps its finished batches beside ``output``; the same call goes
+    on from them and ends in the same bytes. ``tell`` gets sentences for a person, such as that it did.
 
     Raises:
-        UnknownName: no such strategy or sampler. ArgumentError: no samples or prompts, or the bundle is of another source.
+        UnknownName: no such strategy or sampler. ArgumentError: samples, steps, prompts or options that cannot be used, or
+        the bundle is of another source. Cancelled: Ctrl-C, where finished batches are kept.
         OutputError: ``output`` exists. MissingExtra: the extra ``optimize`` is not installed.
     """
     registry.require("modelopt", extra="optimize", purpose="Calibration")
@@ -46,13 +52,15 @@ def calibrate(
     from edgediffusion.export.source import Source
 
     origin = Source.open(Path(source))
-    _same_source(bundle, origin)
     (component,) = _denoisers(bundle)
     texts = list(prompts) if prompts is not None else read_prompts(Path(source))
-    drawing = Drawing(strategy, samples, steps, seed, guidance_scale, sampler)
-    drawn = draw_items(bundle, texts, drawing, progress=progress)
-    state = _state(bundle, component, origin, drawn, progress)
-    state.save(Path(output))
+    drawing = Drawing(strategy, samples, steps, seed, guidance_scale, sampler, options or {})
+    check_drawing(drawing, texts)  # before all weights are read for their hashes
+    _same_source(bundle, origin)
+    with parts.beside(Path(output)) as keep:
+        drawn = draw_items(bundle, texts, drawing, keep=keep, tell=tell, progress=progress)
+        state = _state(bundle, component, origin, drawn, progress)
+        state.save(Path(output))
     return state
 
 
@@ -82,6 +90,8 @@ def _measure(source: object, component: Component, items: Sequence[Item], progre
 
 
 def _denoisers(bundle: Bundle) -> tuple[Component, ...]:
+    if any(verb.name == "quantize" for verb in bundle.history):
+        raise ArgumentError(f"The bundle '{bundle.path}' is quantized already", do="Calibrate the float bundle it was made from.")
     found = bundle.with_role("denoise")
     if len(found) != 1:
         raise ArgumentError("Calibration needs a bundle with one denoiser", got=f"{len(found)} of them")
@@ -106,12 +116,19 @@ def _same_source(bundle: Bundle, source: object) -> None:
 
 
 def read_prompts(source: Path) -> list[str]:
+    """The lines of ``prompts.txt`` in the source that are not empty.
+
+    Raises:
+        ArgumentError: there is no such file, nothing in it, or it is no text.
+    """
     file = source / PROMPTS
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    if not any(lines):
+    if not file.is_file():
         raise ArgumentError(
             "Calibration draws pictures and has no prompts for them",
             got=f"no {PROMPTS} in '{source}'",
             do="Give a file with one prompt on each line: --prompts FILE",
         )
-    return [line for line in lines if line]
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"'{file}' is not text in UTF-8: {error}", do="Save it as UTF-8, or give another: --prompts FILE") from None

@@ -80,30 +80,36 @@ def test_export(library: Callable[..., Library], bundle: Bundle, flag: str, dtyp
 
 
 def test_calibrate(library: Callable[..., Library], bundle: Bundle, tmp_path: Path) -> None:
-    calibrate = library("edgediffusion.optimize", "calibrate", SimpleNamespace(digest="abc", layers={"conv_in": 1}, calibration={}))
+    state = SimpleNamespace(digest="abc", layers={"conv_in": 1}, calibration={}, recipe={"name": "int8"})
+    calibrate = library("edgediffusion.optimize", "calibrate", state)
     (tmp_path / "prompts").write_text("a shoe\n\n  a bag \n", encoding="utf-8")
-    settings = ("--strategy", "ndtc", "--samples", 3, "--steps", 4, "--seed", 5, "--prompts", tmp_path / "prompts", "--guidance-scale", 2)
-    result = run("calibrate", bundle.path, "--source", "pipeline", *settings, "-o", "state.json")
+    strategy = ("--strategy", "ndtc", "--option", "clip=resample", "--option", "std_part=0.35")
+    settings = ("--samples", 3, "--steps", 4, "--seed", 5, "--prompts", tmp_path / "prompts", "--guidance-scale", 2)
+    result = run("calibrate", bundle.path, "--source", "pipeline", *strategy, *settings, "-o", "state")
     assert calibrate.arguments == (bundle,)
+    tell = calibrate.settings.pop("tell")
     assert calibrate.settings == {
         "source": Path("pipeline"),
-        "output": Path("state.json"),
+        "output": Path("state"),
         "prompts": ("a shoe", "a bag"),
+        "recipe": "int8",
         "strategy": "ndtc",
+        "options": {"clip": "resample", "std_part": "0.35"},
         "samples": 3,
         "steps": 4,
         "seed": 5,
         "guidance_scale": 2.0,
         "sampler": None,
     }
-    assert result.stdout == "state.json: ranges of 1 layers\n"
+    assert result.stdout == "state: 1 layers for the recipe int8\n"
+    assert callable(tell)
 
 
 def test_quantize(library: Callable[..., Library], bundle: Bundle) -> None:
     quantize = library("edgediffusion.optimize", "quantize")
-    run("quantize", bundle.path, "--state", "state.json", "-o", "out")
-    assert quantize.arguments == (bundle, Path("state.json"), Path("out"))
-    assert quantize.settings == {"recipe": "int8", "target": "cpu-x86-64"}
+    run("quantize", bundle.path, "--state", "state", "-o", "out")
+    assert quantize.arguments == (bundle, Path("state"), Path("out"))
+    assert quantize.settings == {"recipe": None, "target": "cpu-x86-64"}
 
 
 def test_build(library: Callable[..., Library], bundle: Bundle) -> None:
