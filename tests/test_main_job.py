@@ -54,7 +54,7 @@ def exported(folder: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def state(folder: Path, exported: Bundle) -> QuantizationState:
-    return calibrate(exported, source=FASHION, output=folder / "state.json", samples=16, steps=8, prompts=PROMPTS, guidance_scale=3.0)
+    return calibrate(exported, source=FASHION, output=folder / "state", samples=16, steps=8, prompts=PROMPTS, guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def heed_ctrl_c() -> None:
 
 VERBS = {
     "export": lambda f: ["export", str(FASHION), "-o", str(f / "out")],
-    "quantize": lambda f: ["quantize", str(f / "in"), "--state", str(f / "state.json"), "-o", str(f / "out")],
+    "quantize": lambda f: ["quantize", str(f / "in"), "--state", str(f / "state"), "-o", str(f / "out")],
     "build": lambda f: ["build", str(f / "in"), "--target", "cpu-x86-64", "-o", str(f / "out")],
 }
 
@@ -236,7 +236,7 @@ def test_a_verb_that_is_stopped_leaves_nothing_and_works_again(
     tmp_path: Path, exported: Bundle, state: QuantizationState, verb: str, number: signal.Signals
 ) -> None:
     shutil.copytree(exported.path, tmp_path / "in")
-    state.save(tmp_path / "state.json")
+    state.save(tmp_path / "state")
     command = [str(COMMAND), *VERBS[verb](tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     limit = time.monotonic() + 120
@@ -252,4 +252,4 @@ def test_a_verb_that_is_stopped_leaves_nothing_and_works_again(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Bundle.open(tmp_path / "out").components
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "state.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "state"]

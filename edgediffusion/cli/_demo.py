@@ -80,7 +80,7 @@ class Demo:
 
 
 def demo(output: Path, progress: Progress) -> Demo:
-    """Make ``output`` with ``float32/``, ``int8/``, ``contact-sheet.png``, ``state.json`` and ``table.json``.
+    """Make ``output`` with ``float32/``, ``int8/``, ``contact-sheet.png``, ``state`` and ``table.json``.
 
     Raises:
         OutputError: ``output`` exists. MissingExtra: the extra ``optimize`` is not installed.
@@ -112,7 +112,7 @@ def _bundles(folder: Path, progress: Progress) -> tuple[Bundle, Bundle]:
 
     between = folder / "between"
     exported = export(SOURCE, between / "float32", progress=progress)
-    state = folder / "state.json"
+    state = folder / "state"
     calibrate(
         exported,
         source=SOURCE,

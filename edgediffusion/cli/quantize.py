@@ -10,21 +10,23 @@ from edgediffusion.registry import names
 
 @click.command()
 @bundle_argument
-@click.option("--state", required=True, type=click.Path(path_type=Path), help="The file that 'edgediffusion calibrate' wrote.")
+@click.option("--state", required=True, type=click.Path(path_type=Path), help="The folder that 'edgediffusion calibrate' wrote.")
 @click.option(
-    "--recipe", default="int8", show_default=True, help=f"One of: {', '.join(names('optimize.recipes', '.toml'))}; or a TOML file."
+    "--recipe",
+    default=None,
+    help=f"One of: {', '.join(names('optimize.recipes', '.toml'))}; or a TOML file; by default the one that the state was made for.",
 )
 @target_option(default="cpu-x86-64", show_default=True)
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
-def command(bundle: Path, state: Path, recipe: str, target: str, output: Path, as_json: bool) -> None:
+def command(bundle: Path, state: Path, recipe: str | None, target: str, output: Path, as_json: bool) -> None:
     """Give a BUNDLE's graphs the number formats of a recipe.
 
     The target says where its engine wants them quantized.
 
     \b
     Example:
-      edgediffusion quantize bundle --state state.json --recipe int8 --target cpu-x86-64 -o bundle-int8
+      edgediffusion quantize bundle --state state --target cpu-x86-64 -o bundle-int8
     """
     from edgediffusion.bundle import Bundle
     from edgediffusion.cli._progress import Progress

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from edgediffusion import registry
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError, OutputError
 from edgediffusion.optimize import parts
-from edgediffusion.optimize.collect import Item
 from edgediffusion.optimize.items import Drawing, Drawn, Tell, check_drawing, draw_items
-from edgediffusion.optimize.state import LayerRanges, QuantizationState, weights_digest
+from edgediffusion.optimize.recipe import Recipe, load_recipe
+from edgediffusion.optimize.state import LayerState, QuantizationState, weights_digest
 
 Progress = Callable[[str, float], None]
 PROMPTS = "prompts.txt"
@@ -30,6 +29,7 @@ def calibrate(
     prompts: Sequence[str] | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
+    recipe: str | Recipe = "int8",
     options: Mapping[str, object] | None = None,
     tell: Tell = lambda line: None,
     progress: Progress = lambda label, part: None,
@@ -39,14 +39,15 @@ def calibrate(
     ``samples`` items are drawn with the sampler, steps and guidance of the deployment (by default the bundle's own),
     at the steps that ``strategy`` chooses, a name with ``options``. ``prompts`` are by default the lines of
     ``prompts.txt`` in the source. A run that was stopped keeps its finished batches beside ``output``; the same call goes
-    on from them and ends in the same bytes. ``tell`` gets sentences for a person, such as that it did.
+    on from them and ends in the same bytes. ``recipe`` is a name, the path of a TOML file, or a Recipe: number formats, and the
+    methods that find their parameters. ``tell`` gets sentences for a person, such as that it did.
 
     Raises:
-        UnknownName: no such strategy or sampler. ArgumentError: samples, steps, prompts or options that cannot be used, or
+        UnknownName: no such strategy, sampler or recipe. ArgumentError: samples, steps, prompts or options that cannot be used, or
         the bundle is of another source. Cancelled: Ctrl-C, where finished batches are kept.
         OutputError: ``output`` exists. MissingExtra: the extra ``optimize`` is not installed.
     """
-    registry.require("modelopt", extra="optimize", purpose="Calibration")
+    chosen = load_recipe(recipe)
     if Path(output).exists():
         raise OutputError(f"The output '{output}' exists already", do="Choose another name, or remove it first.")
     from edgediffusion.export.source import Source
@@ -59,34 +60,36 @@ def calibrate(
     _same_source(bundle, origin)
     with parts.beside(Path(output)) as keep:
         drawn = draw_items(bundle, texts, drawing, keep=keep, tell=tell, progress=progress)
-        state = _state(bundle, component, origin, drawn, progress)
+        state = _state(bundle, component, origin, drawn, chosen, progress)
         state.save(Path(output))
     return state
 
 
-def _state(bundle: Bundle, component: Component, origin: object, drawn: Drawn, progress: Progress) -> QuantizationState:
-    """Measure the ranges of the bundle's denoiser over the items."""
-    layers = _measure(origin, component, drawn.items, progress)
+def _state(bundle: Bundle, component: Component, origin: object, drawn: Drawn, recipe: Recipe, progress: Progress) -> QuantizationState:
+    """Measure the layers of the bundle's denoiser over the items."""
+    layers = _measure(origin, component, drawn, recipe, progress)
     return QuantizationState(
         weights=weights_digest(bundle, component),
-        calibration={**drawn.record, "algorithm": "max"},
-        layers={f"{component.name}/{name}": ranges for name, ranges in layers.items()},
-        versions={tool: version(tool) for tool in ("nvidia-modelopt", "torch", "diffusers")},
+        calibration=drawn.record,
+        layers={f"{component.name}/{name}": layer for name, layer in layers.items()},
+        recipe=recipe.to_json(),
+        versions={tool: version(tool) for tool in ("torch", "diffusers")},
     )
 
 
-def _measure(source: object, component: Component, items: Sequence[Item], progress: Progress) -> dict[str, LayerRanges]:
+def _measure(source: object, component: Component, drawn: Drawn, recipe: Recipe, progress: Progress) -> dict[str, LayerState]:
     from edgediffusion.export.families import family_of
     from edgediffusion.export.source import Source
-    from edgediffusion.optimize.ranges import measure
+    from edgediffusion.optimize.measure import measure
 
     assert isinstance(source, Source)
     part = next(p for p in family_of(source)[1].parts(source) if p.name == component.name)
     network = source.load(part.network)
     module = part.wrap(network)
     prefix = next(f"{name}." for name, child in module.named_children() if child is network)
-    found = measure(module, [item.feeds for item in items], progress=lambda done: progress("ranges", done / len(items)))
-    return {name.removeprefix(prefix): ranges for name, ranges in found.items()}
+    items = [(item.step, item.feeds) for item in drawn.items]
+    guidance, seed = float(drawn.record["guidance_scale"]), int(drawn.record["seed"])
+    return measure(module, items, recipe, prefix=prefix, seed=seed, guidance_scale=guidance, progress=progress)
 
 
 def _denoisers(bundle: Bundle) -> tuple[Component, ...]:

@@ -12,7 +12,7 @@ from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import link_or_copy
-from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe
+from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe, recipe_of
 from edgediffusion.optimize.state import QuantizationState, weights_digest
 
 Progress = Callable[[str, float], None]
@@ -32,25 +32,22 @@ def quantize(
     state: str | Path | QuantizationState,
     output: str | Path,
     *,
-    recipe: str = "int8",
+    recipe: str | Recipe | None = None,
     target: str = "cpu-x86-64",
     progress: Progress = lambda label, part: None,
 ) -> Bundle:
     """Write the bundle with its denoiser quantized as ``recipe`` says, with Q/DQ nodes where ``target``'s engine wants them.
 
-    ``recipe`` and ``target`` are names or paths of TOML files. Which layers stayed float, and why, is in the new
-    bundle's history.
+    ``recipe`` is by default the one that the state was made for; it and ``target`` are names or paths of TOML files. Which
+    layers stayed float, and why, is in the new bundle's history.
 
     Raises:
-        UnknownName: no such recipe or target. ArgumentError: the state belongs to other weights.
+        UnknownName: no such recipe or target. ArgumentError: the state belongs to other weights, or does not serve the recipe.
         OutputError: ``output`` exists or cannot be written.
     """
     device = targets.load(target)
-    job = _Job(
-        state if isinstance(state, QuantizationState) else QuantizationState.load(state),
-        load_recipe(recipe),
-        load_placement(device.placement),
-    )
+    known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
+    job = _Job(known, _recipe(known, recipe), load_placement(device.placement))
     chosen = bundle.with_role("denoise")
     for component in chosen:
         _check_weights(bundle, component, job.state)
@@ -77,6 +74,23 @@ def quantize(
     return Bundle.open(output, verify=False)
 
 
+def _recipe(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
+    """The state's own recipe, or another one that its ranges and codes serve."""
+    own = recipe_of(state.recipe)
+    if wanted is None:
+        return own
+    recipe = load_recipe(wanted)
+    fields = ("weights", "activations", "balance", "ranges", "rounding", "eight")
+    differing = [field for field in fields if getattr(recipe, field) != getattr(own, field)]
+    if differing:
+        raise ArgumentError(
+            f"The quantization state was made for the recipe '{own.name}', which differs from '{recipe.name}'",
+            got=", ".join(f"{field} {getattr(own, field)!r} for {getattr(recipe, field)!r}" for field in differing),
+            do=f"Calibrate for it: edgediffusion calibrate BUNDLE --source SOURCE --recipe {recipe.name} -o STATE",
+        )
+    return recipe
+
+
 def _is_replaced(name: str, folders: set[str]) -> bool:
     return name.endswith((".onnx", ".safetensors")) and any(name.startswith(folder) for folder in folders)
 
@@ -97,9 +111,9 @@ def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Jo
     from edgediffusion.optimize.passes.insert_qdq import insert_qdq
 
     prefix = f"{component.name}/"
-    ranges = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
+    states = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
     model = load_graph(bundle.path / component.model)
-    report = insert_qdq(model, ranges, job.recipe, job.placement)
+    report = insert_qdq(model, states, job.recipe, job.placement)
     target = folder / component.model
     target.parent.mkdir(exist_ok=True)
     store_weights(model, target.parent)
@@ -125,22 +139,32 @@ def load_graph(file: Path) -> Any:
     return model
 
 
+def _planned(tensor: Any) -> Any:
+    import onnx_ir as ir
+
+    from edgediffusion.export.store import Planned
+
+    if tensor.dtype == ir.DataType.INT4:  # two to a byte; the file's format has no such type
+        return Planned(ir.DataType.UINT8, (tensor.nbytes,), tensor.tobytes)
+    return Planned(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes)
+
+
 def store_weights(model: Any, folder: Path) -> None:
     """Put the weights, quantized or not, into one new file of the component; small constants stay in the graph."""
     import onnx_ir as ir
 
-    from edgediffusion.export.store import Planned, write_tensors
+    from edgediffusion.export.store import write_tensors
 
     chosen = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        large = tensor is not None and tensor.dtype == ir.DataType.INT8 and tensor.nbytes > _SMALL_BYTES
+        large = tensor is not None and tensor.dtype in (ir.DataType.INT8, ir.DataType.INT4) and tensor.nbytes > _SMALL_BYTES
         if large or isinstance(tensor, ir.ExternalTensor):
             chosen[name] = tensor
-    planned = {n: Planned(t.dtype, tuple(t.shape.numpy()), t.tobytes) for n, t in chosen.items()}
+    planned = {n: _planned(t) for n, t in chosen.items()}
     stored = write_tensors(folder / WEIGHTS, planned)
     for name, tensor in chosen.items():
         at = stored[name]
         model.graph.initializers[name].const_value = ir.ExternalTensor(
-            WEIGHTS, at.offset, at.bytes, tensor.dtype, shape=ir.Shape(planned[name].shape), name=name, base_dir=str(folder)
+            WEIGHTS, at.offset, at.bytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=str(folder)
         )

@@ -1,10 +1,15 @@
-"""What to quantize (a recipe) and where an engine wants the Q/DQ nodes (a placement): plain data, one TOML file each."""
+"""What to quantize and how (a recipe), and where an engine wants the Q/DQ nodes (a placement): data, one TOML file each.
+
+A recipe may name a preset, the layers that a paper or a vendor treats otherwise: a TOML file with ``exclude`` and ``eight``,
+to which the recipe's own are added.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,42 +22,110 @@ else:
     import tomli as tomllib
 
 _HERE = Path(__file__).parent
+BITS = {"int8": 8, "int4": 4}
+RANGES = ("max", "mse")
+_FORMATS = (*BITS, "float")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Number formats, and regular expressions for the module paths of layers that stay float."""
+    """Number formats, the methods that calibration finds their parameters with, and the layers that are treated otherwise.
+
+    ``exclude`` and ``eight`` are regular expressions for module paths: layers that stay float, and layers that get int8
+    weights and activations whatever the others get. ``balance`` and ``rounding`` name files of those folders; ``ranges`` is
+    ``max``, the observed ones, or ``mse``, those with the least squared error. ``activations = "float"`` quantizes weights only.
+    """
 
     name: str
     weights: str
     activations: str
+    balance: str = "search"
+    ranges: str = "max"
+    rounding: str = "nearest"
     exclude: tuple[str, ...] = ()
+    eight: tuple[str, ...] = ()
+    preset: str = ""
 
     def excludes(self, layer: str) -> str | None:
         """The first expression that keeps ``layer`` float, or None."""
         return next((e for e in self.exclude if re.search(e, layer)), None)
 
+    def formats(self, layer: str) -> tuple[str, str]:
+        """Formats of the layer's weights and activations, if it is not excluded."""
+        if any(re.search(e, layer) for e in self.eight):
+            return "int8", "float" if self.activations == "float" else "int8"
+        return self.weights, self.activations
+
+    def bits(self, layer: str) -> tuple[int, int]:
+        """As ``formats``, in bits; 16 for float."""
+        weights, activations = (BITS.get(f, 16) for f in self.formats(layer))
+        return weights, activations
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Placement:
-    """Activation format of an engine, and the operators that take Q/DQ on their inputs and on their outputs."""
+    """Where an engine wants Q/DQ nodes.
+
+    ``activations`` is the format of 8-bit activations, ``uint8`` with a zero point or ``int8`` without; ``inputs`` and
+    ``outputs`` are the operators with Q/DQ there. With ``channel_scales`` quantizers of activations may have a scale for each
+    channel on the one side of a pair and another scale on the other; without, balancing costs a multiplication. ``int4`` is
+    what codes of 4-bit weights are stored as: ``int4``, or ``int8`` where the engine has no faster kernel for the former.
+    """
 
     name: str
     activations: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...] = ()
+    channel_scales: bool = False
+    int4: str = "int4"
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str | Recipe) -> Recipe:
     """A recipe by name, or by the path of a TOML file (UnknownName, ArgumentError)."""
-    return _check(_load(Recipe, "recipes", name), weights=("int8",), activations=("int8",))
+    if isinstance(name, Recipe):
+        return name
+    recipe = _check(_load(Recipe, "recipes", name), weights=tuple(BITS), activations=_FORMATS, ranges=RANGES)
+    if recipe.preset:
+        recipe = with_preset(recipe, recipe.preset)
+    for folder in ("balance", "rounding"):
+        known = registry.names(f"optimize.{folder}")
+        if getattr(recipe, folder) not in known:
+            raise UnknownName(f"{folder} method", getattr(recipe, folder), known)
+    for expression in (*recipe.exclude, *recipe.eight):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ArgumentError(f"'{name}' has an expression that is not valid: {error}", got=repr(expression)) from None
+    return recipe
+
+
+def with_preset(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the layers of a preset added to its own (UnknownName)."""
+    preset = _load(_Preset, "presets", name)
+    return replace(recipe, preset=name, exclude=(*preset.exclude, *recipe.exclude), eight=(*preset.eight, *recipe.eight))
+
+
+def recipe_of(stated: Mapping[str, Any]) -> Recipe:
+    """The recipe that a quantization state was made for."""
+    fields_of: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}
+    return Recipe(**fields_of)
 
 
 def load_placement(name: str) -> Placement:
-    return _check(_load(Placement, "placements", name), activations=("uint8", "int8"))
+    return _check(_load(Placement, "placements", name), activations=("uint8", "int8"), int4=("int4", "int8"))
 
 
-_Record = TypeVar("_Record", Recipe, Placement)
+@dataclass(frozen=True)
+class _Preset:
+    name: str
+    exclude: tuple[str, ...] = ()
+    eight: tuple[str, ...] = ()
+
+
+_Record = TypeVar("_Record", Recipe, Placement, _Preset)
 
 
 def _load(kind: type[_Record], folder: str, name: str) -> _Record:
@@ -74,7 +147,10 @@ def _load(kind: type[_Record], folder: str, name: str) -> _Record:
         raise ArgumentError(f"'{name}' lacks a key: {error}", allowed=", ".join(sorted(allowed))) from None
 
 
-def _check(record: _Record, **allowed: tuple[str, ...]) -> _Record:
+_Checked = TypeVar("_Checked", Recipe, Placement)
+
+
+def _check(record: _Checked, **allowed: tuple[str, ...]) -> _Checked:
     for field, values in allowed.items():
         if getattr(record, field) not in values:
             raise ArgumentError(

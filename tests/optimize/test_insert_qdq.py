@@ -7,9 +7,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from edgediffusion.optimize.passes.insert_qdq import activation_scale, insert_qdq, quantize_weight
+from edgediffusion.optimize.passes.insert_qdq import insert_qdq
 from edgediffusion.optimize.recipe import Placement, Recipe
-from edgediffusion.optimize.state import LayerRanges, TensorRange
+from edgediffusion.optimize.state import LayerState
 
 MODEL = """
 <ir_version: 10, opset_import: ["": 21]>
@@ -30,8 +30,10 @@ network (float[n, 4, 6, 6] x) => (float[n, 36, 3] y)
 }
 """
 RECIPE = Recipe("int8", "int8", "int8")
-CPU = Placement("cpu", "uint8", ("Conv", "MatMul", "Gemm"), ("Conv",))
-SYMMETRIC = Placement("symmetric", "int8", ("Conv", "MatMul", "Gemm"))
+LAYERS = ("Conv", "MatMul", "Gemm")
+CPU = Placement("cpu", "uint8", LAYERS, ("Conv",))
+CHANNELS = Placement("channels", "uint8", LAYERS, ("Conv",), channel_scales=True)
+SYMMETRIC = Placement("symmetric", "int8", LAYERS)
 
 
 @pytest.fixture
@@ -59,20 +61,37 @@ def x():
     return np.random.default_rng(1).standard_normal((2, 4, 6, 6)).astype(np.float32)
 
 
+def _layer(weight, source, result, *, factors=None, channel=1, **more):
+    """The state of a layer whose input and output have their channels on the given axis."""
+    factors = np.ones(weight.shape[1], np.float32) if factors is None else factors.astype(np.float32)
+    x, y = (np.moveaxis(array, channel, 0).reshape(array.shape[channel], -1).astype(np.float32) for array in (source, result))
+    balanced = weight.astype(np.float32) * factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+    amax = np.abs(balanced).reshape(len(weight), -1).max(1)
+    return LayerState(factors, x.min(1), x.max(1), y.min(1), y.max(1), amax, **more)
+
+
 @pytest.fixture
-def ranges(proto, weights, x):
-    values = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x}, intermediate=True)
+def values(proto, x):
+    return onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x}, intermediate=True)
 
-    def bounds(array):
-        return TensorRange(float(array.min()), float(array.max()), float(np.abs(array).max()))
 
-    def layer(weight, source, result):
-        return LayerRanges(bounds(source), bounds(result), tuple(np.abs(weight).reshape(len(weight), -1).max(1).astype(float)))
-
+@pytest.fixture
+def states(values, weights, x):
     return {
-        "conv": layer(weights["conv.weight"], x, values["a"]),
-        "linear": layer(weights["linear.weight"], values["d"], values["e"]),
-        "other": layer(weights["other.weight"], values["d"], values["f"]),
+        "conv": _layer(weights["conv.weight"], x, values["a"]),
+        "linear": _layer(weights["linear.weight"], values["d"], values["e"], channel=2),
+        "other": _layer(weights["other.weight"], values["d"], values["f"], channel=2),
+    }
+
+
+@pytest.fixture
+def balanced(values, weights, x):
+    """As ``states``, with factors by channel; both products read the same tensor and share theirs."""
+    factors, shared = np.array([0.5, 1, 2, 2]), np.array([1.5, 1, 0.5, 2, 0.5])
+    return {
+        "conv": _layer(weights["conv.weight"], x, values["a"], factors=factors),
+        "linear": _layer(weights["linear.weight"], values["d"], values["e"], factors=shared, channel=2),
+        "other": _layer(weights["other.weight"], values["d"], values["f"], factors=shared, channel=2),
     }
 
 
@@ -80,10 +99,10 @@ def _run(model, x):
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
 
 
-@pytest.mark.parametrize("placement", [CPU, SYMMETRIC], ids=lambda p: p.name)
-def test_the_quantized_graph_is_close_and_every_layer_is_quantized(proto, ranges, x, placement):
+@pytest.mark.parametrize("placement", [CPU, CHANNELS, SYMMETRIC], ids=lambda p: p.name)
+def test_the_quantized_graph_is_close_and_every_layer_is_quantized(proto, states, x, placement):
     model = ir.from_proto(proto)
-    report = insert_qdq(model, ranges, RECIPE, placement)
+    report = insert_qdq(model, states, RECIPE, placement)
     assert report.quantized == ("conv", "linear", "other")
     assert report.declined == {}
     quantized = ir.to_proto(model)
@@ -93,9 +112,9 @@ def test_the_quantized_graph_is_close_and_every_layer_is_quantized(proto, ranges
     assert np.linalg.norm(_run(quantized, x) - expected) < 0.02 * np.linalg.norm(expected)
 
 
-def test_nodes_follow_the_placement(proto, ranges):
+def test_nodes_follow_the_placement(proto, states):
     model = ir.from_proto(proto)
-    insert_qdq(model, ranges, RECIPE, CPU)
+    insert_qdq(model, states, RECIPE, CPU)
     ops = [node.op_type for node in model.graph]
     # Inputs of conv and of both products (one tensor), the output of conv; three weights have a DQ alone.
     assert ops.count("QuantizeLinear") == 3
@@ -105,40 +124,97 @@ def test_nodes_follow_the_placement(proto, ranges):
     assert not {"conv.weight", "linear.weight", "other.weight"} & set(model.graph.initializers)
 
 
-def test_no_scale_is_shared(proto, ranges):
+def test_no_scale_is_shared(proto, states):
     model = ir.from_proto(proto)
-    insert_qdq(model, ranges, RECIPE, CPU)
+    insert_qdq(model, states, RECIPE, CPU)
     scales = [node.inputs[1].name for node in model.graph if "quantize" in node.op_type.lower()]
     assert len(scales) == len(set(scales))
 
 
-def test_what_is_declined_says_why(proto, ranges):
+def test_what_is_declined_says_why(proto, states):
     model = ir.from_proto(proto)
-    del ranges["other"]
-    report = insert_qdq(model, ranges, Recipe("r", "int8", "int8", ("^conv$",)), CPU)
+    del states["other"]
+    report = insert_qdq(model, states, Recipe("r", "int8", "int8", exclude=("^conv$",)), CPU)
     assert report.quantized == ("linear",)
     assert "'^conv$'" in report.declined["conv"]
-    assert "no ranges" in report.declined["other"]
+    assert "did not reach" in report.declined["other"]
 
 
-def test_weight_formula():
-    # w = 0.5 of amax 1 is 63.5 steps: half to even gives 64 (METHODS 2.1).
-    q, scale = quantize_weight(np.array([[-1.0, 0.5, 1.0]]), np.array([1.0]))
-    assert scale[0] == np.float32(1 / 127)
-    assert q.tolist() == [[-127, 64, 127]]
+@pytest.mark.parametrize("placement", [CPU, CHANNELS, SYMMETRIC], ids=lambda p: p.name)
+@pytest.mark.parametrize("weights_as", ["int8", "int4"])
+def test_factors_change_the_rounding_and_nothing_else(proto, balanced, x, placement, weights_as):
+    """With factors of 1/2 to 2 the graph is still that of the network, to what rounding does to it."""
+    model = ir.from_proto(proto)
+    insert_qdq(model, balanced, Recipe("r", weights_as, "int8"), placement)
+    quantized = ir.to_proto(model)
+    onnx.checker.check_model(quantized, full_check=True)
+    expected = _run(proto, x)
+    allowed = 0.06 if weights_as == "int8" else 0.5
+    assert np.linalg.norm(_run(quantized, x) - expected) < allowed * np.linalg.norm(expected)
 
 
-def test_activation_ranges_contain_zero():
-    scale, zero = activation_scale(TensorRange(1.0, 2.0, 2.0), "uint8")
-    assert (scale, zero) == (np.float32(2 / 255), 0)
-    scale, zero = activation_scale(TensorRange(-1.0, 2.0, 2.0), "uint8")
-    assert (scale, zero) == (np.float32(3 / 255), 85)  # METHODS 2.1: delta 0.01176471, z = 85
-    scale, zero = activation_scale(TensorRange(0.0, 0.0, 0.0), "uint8")
-    assert np.isfinite(scale)
-    assert scale > 0
+def test_factors_cost_a_product_only_without_scales_by_channel(proto, balanced):
+    counted = {}
+    for placement in (CPU, CHANNELS):
+        model = ir.from_proto(proto)
+        insert_qdq(model, balanced, RECIPE, placement)
+        counted[placement.name] = [node.op_type for node in model.graph].count("Mul")
+    assert counted == {"cpu": 2, "channels": 0}
 
 
-def test_a_calibrator_that_clips_narrows_the_range():
-    scale, zero = activation_scale(TensorRange(-0.25, 100.0, 2.0), "uint8")
-    assert scale == np.float32(2.25 / 255)
-    assert zero == 28
+def test_scales_by_channel_stand_on_the_outer_sides(proto, balanced, x):
+    model = ir.from_proto(proto)
+    insert_qdq(model, balanced, RECIPE, CHANNELS)
+    nodes = {node.outputs[0].name: node for node in model.graph}
+
+    def scale(name):
+        return nodes[name].inputs[1].const_value.numpy()
+
+    np.testing.assert_allclose(scale("x.quantized") / scale("x.dequantized"), [0.5, 1, 2, 2], rtol=1e-6)
+    assert scale("a.quantized") == 1
+    spans = balanced["conv"].output_high.clip(min=0) - balanced["conv"].output_low.clip(max=0)
+    np.testing.assert_allclose(scale("a.dequantized"), spans / 255, rtol=1e-6)
+
+
+def test_an_output_by_channel_is_finer_than_one_for_all(proto, states, weights, x):
+    """One channel a hundred times as wide as the others takes their codes from them, unless each has its own scale."""
+    weights["conv.weight"][0] *= 100
+    for tensor in proto.graph.initializer:
+        if tensor.name == "conv.weight":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weights["conv.weight"], "conv.weight"))
+    values = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x}, intermediate=True)
+    states = {"conv": _layer(weights["conv.weight"], x, values["a"])}
+    errors = {}
+    for placement in (CPU, CHANNELS):
+        model = ir.from_proto(proto)
+        insert_qdq(model, states, RECIPE, placement)
+        named = ir.to_proto(model)
+        named.graph.output.append(onnx.helper.make_tensor_value_info("a.dequantized", onnx.TensorProto.FLOAT, None))
+        session = onnxruntime.InferenceSession(named.SerializeToString(), providers=["CPUExecutionProvider"])
+        errors[placement.name] = np.abs(session.run(["a.dequantized"], {"x": x})[0] - values["a"])[:, 1:].mean()
+    assert errors["channels"] < 0.1 * errors["cpu"]
+
+
+def test_stored_codes_and_biases_are_written_as_they_are(proto, values, weights, x):
+    codes = np.random.default_rng(5).integers(-7, 8, (3, 5)).astype(np.int8)
+    bias = np.array([1.0, -2.0, 3.0], np.float32)
+    layer = _layer(weights["other.weight"], values["d"], values["f"], channel=2, codes=codes, bias=bias)
+    model = ir.from_proto(proto)
+    insert_qdq(model, {"other": layer}, Recipe("r", "int4", "int8"), SYMMETRIC)
+    stored = model.graph.initializers["other.weight.codes.transposed"].const_value
+    assert stored.dtype == ir.DataType.INT4
+    np.testing.assert_array_equal(stored.numpy().astype(np.int8), codes.T)
+    np.testing.assert_array_equal(model.graph.initializers["other.bias.learned"].const_value.numpy(), bias)
+
+
+def test_weights_alone(proto, states, x):
+    model = ir.from_proto(proto)
+    insert_qdq(model, states, Recipe("r", "int4", "float"), SYMMETRIC)
+    assert "QuantizeLinear" not in [node.op_type for node in model.graph]
+    assert [node.op_type for node in model.graph].count("DequantizeLinear") == 3
+
+
+def test_a_layer_whose_input_never_changed_stays_float(proto, states):
+    states["conv"].input_low[:] = states["conv"].input_high[:] = 0.0
+    report = insert_qdq(ir.from_proto(proto), states, RECIPE, CPU)
+    assert "never changed" in report.declined["conv"]

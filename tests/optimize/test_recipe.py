@@ -27,6 +27,9 @@ def test_unknown_recipe_lists_the_known_ones():
         ('weights = "int8"\nactivation = "int8"', "unknown keys"),
         ('weights = "int8"', "lacks a key"),
         ('weights = "int2"\nactivations = "int8"', "cannot write"),
+        ('weights = "int8"\nactivations = "int8"\nbalance = "seesaw"', "seesaw"),
+        ('weights = "int8"\nactivations = "int8"\nrounding = "up"', "up"),
+        ('weights = "int8"\nactivations = "int8"\nexclude = ["("]', "expression"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):

@@ -4,10 +4,19 @@
     x ─ MatMul(w) ─ y        becomes    x ─ Q ─ DQ ─ MatMul(w8 ─ DQ) ─ y
 
 A layer is a Conv, MatMul or Gemm whose weight is an initializer, seen through (1) a Cast, because a float32 graph may
-keep its weights in float16, and (2) a Transpose, because torch stores a linear layer as [out, in]. Weights become
-symmetric int8 with one scale for each output channel, s = amax / 127; activations have one scale for a tensor, with a
-zero point if the placement asks for unsigned ones. A tensor that several layers read is quantized once. Every Q and DQ
-has a scale and a zero point of its own: ONNX Runtime's graph rewriting does not expect to share them.
+keep its weights in float16, and (2) a Transpose, because torch stores a linear layer as [out, in]. Weights are symmetric
+with one scale for each output channel; activations have one scale for a tensor, with a zero point if the placement asks
+for unsigned ones. Every Q and DQ has a scale and a zero point of its own: ONNX Runtime's graph rewriting does not expect
+to share them.
+
+Channels cost nothing where the placement allows ``channel_scales``. Convolutions and matrix products sum over input
+channels, so an integer kernel needs one scale s for all of them; but QuantizeLinear and DequantizeLinear stand apart:
+
+* input: Q has the scales s f_c, DQ the scale s, and the weight is f_c w. That is (x / f) (f w) without a division.
+* output: the weight and bias are divided by the channel's step d_o and the zero point z_o added to the bias, so Q has scale
+  1 and zero point 0; DQ has the scales d_o and the zero points z_o. Every output channel uses all of its 256 codes.
+
+Elsewhere x is multiplied by 1 / f before Q, where f is not 1 throughout.
 """
 
 from __future__ import annotations
@@ -18,8 +27,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgediffusion.optimize.recipe import Placement, Recipe
-from edgediffusion.optimize.state import LayerRanges, TensorRange
+from edgediffusion.optimize.integers import Affine, affine, channel_affine, weight_codes, weight_scale
+from edgediffusion.optimize.recipe import BITS, Placement, Recipe
+from edgediffusion.optimize.state import LayerState
 
 LAYER_OPS = ("Conv", "MatMul", "Gemm")
 
@@ -41,38 +51,19 @@ class _Layer:
     dtype: ir.DataType  # that the node computes in
 
 
-def insert_qdq(model: ir.Model, ranges: Mapping[str, LayerRanges], recipe: Recipe, placement: Placement) -> Report:
-    """Quantize ``model`` in place. ``ranges`` is keyed by layer: the name of its weight without ``.weight``."""
+def insert_qdq(model: ir.Model, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> Report:
+    """Quantize ``model`` in place. ``states`` is keyed by layer: the name of its weight without ``.weight``."""
     quantized, declined = [], {}
     writer = _Writer(model.graph, placement)
     for layer in _layers(model.graph):
-        reason = _declines(layer, ranges, recipe, placement)
+        reason = _declines(layer, states, recipe, placement)
         if reason:
             declined[layer.name] = reason
             continue
-        writer.quantize(layer, ranges[layer.name])
+        writer.quantize(layer, states[layer.name], *recipe.formats(layer.name))
         quantized.append(layer.name)
     _drop_unused(model.graph)
     return Report(tuple(quantized), declined)
-
-
-def quantize_weight(weight: np.ndarray, amax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8 of a weight [out, ...] and its float32 scales [out]; rounds half to even, as ONNX and torch do."""
-    scale = np.maximum(amax.astype(np.float32), np.float32(1e-8)) / np.float32(127)
-    steps = weight.astype(np.float32) / scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
-
-
-def activation_scale(bounds: TensorRange, kind: str) -> tuple[np.float32, np.ndarray]:
-    """Scale and zero point of an activation; the range always contains zero, so that zero stays exact.
-
-    ``int8``: symmetric, amax / 127, zero point 0. ``uint8``: the observed range within [-amax, amax].
-    """
-    if kind == "int8":
-        return np.float32(max(bounds.amax, 1e-8) / 127), np.array(0, np.int8)
-    low, high = min(0.0, max(bounds.low, -bounds.amax)), max(0.0, min(bounds.high, bounds.amax))
-    scale = max(high - low, 1e-8) / 255
-    return np.float32(scale), np.array(np.clip(np.rint(-low / scale), 0, 255), np.uint8)
 
 
 def _layers(graph: ir.Graph) -> list[_Layer]:
@@ -95,13 +86,15 @@ def _layers(graph: ir.Graph) -> list[_Layer]:
     return found
 
 
-def _declines(layer: _Layer, ranges: Mapping[str, LayerRanges], recipe: Recipe, placement: Placement) -> str | None:
+def _declines(layer: _Layer, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> str | None:
     if layer.node.op_type not in placement.inputs:
         return f"the placement '{placement.name}' does not quantize {layer.node.op_type}"
     if expression := recipe.excludes(layer.name):
         return f"the recipe keeps '{expression}' float"
-    if layer.name not in ranges:
-        return "the calibration has no ranges for it"
+    if layer.name not in states:
+        return "the calibration did not reach it"
+    if states[layer.name].is_constant:
+        return "its input never changed in the calibration, and a range of no width has no scale"
     return None
 
 
@@ -110,67 +103,197 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph, placement: Placement):
         self.graph, self.placement = graph, placement
-        self.activations: dict[ir.Value, ir.Value] = {}
-        self.weights: dict[tuple[str, int], ir.Value] = {}
+        self.activations: dict[tuple[object, ...], ir.Value] = {}
+        self.weights: dict[tuple[str, bool], ir.Value] = {}
+        self.names: dict[str, int] = {}
 
-    def quantize(self, layer: _Layer, bounds: LayerRanges) -> None:
+    def quantize(self, layer: _Layer, state: LayerState, weights: str, activations: str) -> None:
         node = layer.node
-        source = node.inputs[0]
+        node.replace_input_with(0, self._input(layer, state, activations))
+        steps = None
+        given = any(output is node.outputs[0] for output in self.graph.outputs)  # to the caller, who wants it as it is
+        if activations == "int8" and node.op_type in self.placement.outputs and not given:
+            steps = self._output(layer, state)
+        elif state.bias is not None:
+            self._set_bias(layer, state.bias)
+        node.replace_input_with(1, self._weight(layer, state, BITS[weights], steps))
+
+    def _input(self, layer: _Layer, state: LayerState, kind: str) -> ir.Value:
+        """The layer's input divided by the factors, quantized and read back."""
+        source = layer.node.inputs[0]
         assert source is not None
-        if source not in self.activations:
-            self.activations[source] = self._activation(source, bounds.input, layer.dtype, before=node)
-        node.replace_input_with(0, self.activations[source])
-        node.replace_input_with(1, self._weight(layer, bounds))
-        if node.op_type in self.placement.outputs:
-            output = node.outputs[0]
-            uses = list(output.uses())
-            quantized = self._activation(output, bounds.output, layer.dtype, after=node)
-            self.activations[output] = quantized
-            for use in uses:
-                use.node.replace_input_with(use.idx, quantized)
+        key = (source, kind, state.factors.tobytes(), *state.input_range())
+        if key not in self.activations:
+            balanced = bool((state.factors != 1).any())
+            by_scale = balanced and self.placement.channel_scales and kind != "float"
+            axis = 1 if layer.node.op_type == "Conv" else -1
+            value = self._divided(source, state.factors, layer, axis) if balanced and not by_scale else source
+            if kind != "float":
+                factors = state.factors if by_scale else np.ones((), np.float32)
+                value = self._pair(value, layer, affine(*state.input_range(), BITS[kind], signed=self._signed), kind, factors, axis)
+            self.activations[key] = value
+        return self.activations[key]
 
-    def _activation(
-        self, value: ir.Value, bounds: TensorRange, dtype: ir.DataType, *, before: ir.Node | None = None, after: ir.Node | None = None
-    ) -> ir.Value:
-        scale, zero = activation_scale(bounds, self.placement.activations)
-        scale = scale.astype(dtype.numpy())
-        q = ir.node("QuantizeLinear", [value, *self._scales(f"{value.name}.q", scale, zero)])
-        dq = ir.node("DequantizeLinear", [q.outputs[0], *self._scales(f"{value.name}.dq", scale, zero)])
-        q.outputs[0].name, dq.outputs[0].name = f"{value.name}.quantized", f"{value.name}.dequantized"
-        dq.outputs[0].dtype, dq.outputs[0].shape = dtype, value.shape
-        if after is not None:
-            self.graph.insert_after(after, [q, dq])
-        elif before is not None:
-            self.graph.insert_before(before, [q, dq])
-        return dq.outputs[0]
+    def _divided(self, value: ir.Value, factors: np.ndarray, layer: _Layer, axis: int) -> ir.Value:
+        shape = (-1, 1, 1) if axis == 1 else (-1,)
+        inverse = (1 / factors.astype(np.float64)).reshape(shape).astype(layer.dtype.numpy())
+        product = ir.node("Mul", [value, self._constant(f"{value.name}.balance", inverse)])
+        return self._made(product, f"{value.name}.balanced", value, layer.dtype, before=layer.node)
 
-    def _weight(self, layer: _Layer, bounds: LayerRanges) -> ir.Value:
-        tensor = layer.weight.const_value
-        assert tensor is not None
-        weight, scale = quantize_weight(tensor.numpy(), np.asarray(bounds.weight_amax))
-        axis = _output_axis(layer)
+    def _pair(self, value: ir.Value, layer: _Layer, quantizer: Affine, kind: str, factors: np.ndarray, axis: int) -> ir.Value:
+        """Q with the scales s f, DQ with the scale s."""
+        zero = np.full(np.shape(factors), quantizer.zero)
+        code = ir.DataType[("" if self._signed else "U") + kind.upper()]
+        scale = np.array(quantizer.scale, np.float32)
+        q = self._node("QuantizeLinear", value, (scale * factors, zero), code, layer, axis)
+        self._made(q, f"{value.name}.quantized", value, code, before=layer.node)
+        dq = self._node("DequantizeLinear", q.outputs[0], (scale, np.array(quantizer.zero)), code, layer, axis)
+        return self._made(dq, f"{value.name}.dequantized", value, layer.dtype, before=layer.node)
+
+    def _output(self, layer: _Layer, state: LayerState) -> np.ndarray | None:
+        """Quantize what the layer gives. With scales by channel, returns the steps [out] that its weight is divided by."""
+        node, output = layer.node, layer.node.outputs[0]
+        uses = list(output.uses())
+        code = ir.DataType.INT8 if self._signed else ir.DataType.UINT8
+        if self.placement.channel_scales and not self._signed:
+            steps, zeros = channel_affine(state.output_low * state.output_clip, state.output_high * state.output_clip, 8)
+            bias = state.bias if state.bias is not None else self._bias(layer)
+            self._set_bias(layer, bias / steps + zeros)
+            into, outof = (np.ones(()), np.zeros(())), (steps, zeros)
+        else:
+            steps = None
+            quantizer = affine(*state.output_range(), 8, signed=self._signed)
+            into = outof = (np.array(quantizer.scale), np.array(quantizer.zero))
+        q = self._node("QuantizeLinear", output, into, code, layer, 1)
+        self._made(q, f"{output.name}.quantized", output, code, after=node)
+        dq = self._node("DequantizeLinear", q.outputs[0], outof, code, layer, 1)
+        read = self._made(dq, f"{output.name}.dequantized", output, layer.dtype, after=q)
+        for use in uses:
+            use.node.replace_input_with(use.idx, read)
+        return steps
+
+    def _bias(self, layer: _Layer) -> np.ndarray:
+        """float64 [out]."""
+        inputs = layer.node.inputs
+        bias = inputs[2] if len(inputs) > 2 else None
+        return np.zeros(1) if bias is None else _constant_of(bias).astype(np.float64)
+
+    def _set_bias(self, layer: _Layer, values: np.ndarray) -> None:
+        """A learned or scaled bias; a matrix product has its own in the Add behind it, or none."""
+        node, bias = layer.node, self._constant(f"{layer.name}.bias.learned", values.astype(layer.dtype.numpy()))
+        if node.op_type == "MatMul":
+            self._add_bias(layer, bias)
+            return
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, bias)
+
+    def _add_bias(self, layer: _Layer, bias: ir.Value) -> None:
+        output = layer.node.outputs[0]
+        uses = list(output.uses())
+        if len(uses) == 1 and uses[0].node.op_type == "Add":
+            other = uses[0].node.inputs[1 - uses[0].idx]
+            if other is not None and other.shape == bias.shape and _is_constant(other):
+                uses[0].node.replace_input_with(1 - uses[0].idx, bias)
+                return
+        added = ir.node("Add", [output, bias])
+        total = self._made(added, f"{output.name}.biased", output, layer.dtype, after=layer.node)
+        for use in uses:
+            use.node.replace_input_with(use.idx, total)
+
+    def _weight(self, layer: _Layer, state: LayerState, bits: int, steps: np.ndarray | None) -> ir.Value:
+        key = (layer.name, layer.transposed)
+        if key in self.weights:
+            return self.weights[key]
+        assert layer.weight.const_value is not None
+        scale = weight_scale(state.weight_amax, bits)
+        codes = state.codes
+        if codes is None:
+            weight = layer.weight.const_value.numpy().astype(np.float32)
+            axis = 1 if weight.ndim > 1 and weight.shape[1] == len(state.factors) else None
+            if axis is not None:
+                weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+            codes = weight_codes(weight, scale, bits)
         if layer.transposed:
-            weight = np.ascontiguousarray(weight.T)
-        key = (layer.name, axis)
-        if key not in self.weights:
-            name = f"{layer.name}.weight"
-            q = self._constant(f"{name}.int8" + (".transposed" if layer.transposed else ""), weight)
-            scales = self._scales(f"{name}.dq", scale.astype(layer.dtype.numpy()), np.zeros(scale.shape, np.int8))
-            dq = ir.node("DequantizeLinear", [q, *scales], attributes={"axis": axis})
-            dq.outputs[0].name = f"{name}.dequantized"
-            dq.outputs[0].dtype, dq.outputs[0].shape = layer.dtype, ir.Shape(weight.shape)
-            self.graph.insert_before(layer.node, [dq])
-            self.weights[key] = dq.outputs[0]
+            codes = np.ascontiguousarray(codes.T)
+        kind = ir.DataType.INT8 if bits == 8 or self.placement.int4 == "int8" else ir.DataType.INT4
+        name = f"{layer.name}.weight"
+        q = self._constant(f"{name}.codes" + (".transposed" if layer.transposed else ""), codes.astype(kind.numpy()))
+        read = (scale if steps is None else scale / steps).astype(np.float32)
+        dq = self._node("DequantizeLinear", q, (read, np.zeros(len(read))), kind, layer, _output_axis(layer), name=name)
+        self.weights[key] = self._made(dq, f"{name}.dequantized", q, layer.dtype, before=layer.node)
         return self.weights[key]
 
-    def _scales(self, name: str, scale: np.ndarray | np.generic, zero: np.ndarray) -> tuple[ir.Value, ir.Value]:
-        return self._constant(f"{name}.scale", np.asarray(scale)), self._constant(f"{name}.zero_point", zero)
+    @property
+    def _signed(self) -> bool:
+        return self.placement.activations == "int8"
+
+    def _node(
+        self,
+        kind: str,
+        value: ir.Value,
+        parameters: tuple[np.ndarray, np.ndarray],
+        code: ir.DataType,
+        layer: _Layer,
+        axis: int,
+        *,
+        name: str = "",
+    ) -> ir.Node:
+        """A Q or DQ node; ``parameters`` are its scale and zero point."""
+        scale, zero = parameters
+        stem = f"{name or value.name}.{'q' if kind == 'QuantizeLinear' else 'dq'}"
+        scales = self._constant(f"{stem}.scale", scale.astype(layer.dtype.numpy()))
+        zeros = self._constant(f"{stem}.zero_point", zero.astype(code.numpy()))
+        return ir.node(kind, [value, scales, zeros], attributes={"axis": axis} if scale.ndim else {})
+
+    def _made(
+        self,
+        node: ir.Node,
+        name: str,
+        like: ir.Value,
+        dtype: ir.DataType,
+        *,
+        before: ir.Node | None = None,
+        after: ir.Node | None = None,
+    ) -> ir.Value:
+        """Put a node into the graph; returns its output, named and shaped like ``like``."""
+        output = node.outputs[0]
+        output.name, output.shape = self._unused(name), like.shape
+        output.dtype = dtype
+        if before is not None:
+            self.graph.insert_before(before, [node])
+        elif after is not None:
+            self.graph.insert_after(after, [node])
+        return output
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        name = self._unused(name)
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         return value
+
+    def _unused(self, name: str) -> str:
+        """The name, numbered where it is taken: one tensor may be quantized in several ways."""
+        taken = self.names.get(name, 0)
+        self.names[name] = taken + 1
+        return f"{name}.{taken}" if taken else name
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]
+    return value is not None and value.is_initializer()
+
+
+def _constant_of(value: ir.Value) -> np.ndarray:
+    """An initializer seen through a Cast."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+    assert value.const_value is not None, value.name
+    return value.const_value.numpy()
 
 
 def _output_axis(layer: _Layer) -> int:

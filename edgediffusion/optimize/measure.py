@@ -1,0 +1,103 @@
+"""From a network and its calibration items to the state of every layer: observe, balance, clip, round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from edgediffusion import registry
+from edgediffusion.optimize.clip import input_clips
+from edgediffusion.optimize.integers import best_weight_amax
+from edgediffusion.optimize.observe import Observed, observe
+from edgediffusion.optimize.recipe import Recipe
+from edgediffusion.optimize.rounding import Job
+from edgediffusion.optimize.state import LayerState
+
+Progress = Callable[[str, float], None]
+LOW_BITS = 6  # ranges are searched for at so few bits only: above, the search finds the observed ones
+OUTPUT_MARGIN = 1.15  # over the observed range: what calibration has not seen would be cut, and that shows in the worst pictures
+
+
+def measure(
+    module: torch.nn.Module,
+    items: Sequence[tuple[int, Mapping[str, np.ndarray]]],
+    recipe: Recipe,
+    *,
+    prefix: str = "",
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    progress: Progress = lambda label, part: None,
+) -> dict[str, LayerState]:
+    """State of every convolution and linear layer that the items reach, by module path.
+
+    ``items`` are sampling steps and the arrays the module was called with then, by name. Module paths are given, and
+    matched by the recipe's expressions, without ``prefix``. ``guidance_scale`` is that of the deployment, where items have two
+    rows.
+
+    Raises:
+        ArgumentError: a layer gives values that are no finite numbers.
+    """
+    found = observe(module, items, progress=lambda done: progress("observing layers", done / len(items)))
+    chosen = _Named(recipe, prefix)
+    layers = _balance(found, chosen)
+    feeds = [feed for _, feed in items]
+    if recipe.ranges == "mse":
+        few = {n: b for n in layers if (b := chosen.bits(n)[1]) <= LOW_BITS and not (chosen.excludes(n) or layers[n].is_constant)}
+        clips = input_clips(module, feeds, layers, found, few, progress=lambda part: progress("ranges", part))
+        layers = {name: replace(layer, input_clip=clips.get(name, 1.0)) for name, layer in layers.items()}
+    rounding: ModuleType = registry.find("optimize.rounding", recipe.rounding)
+    job = Job(module, feeds, layers, chosen.recipe, seed, lambda part: progress("rounding weights", part), prefix, guidance_scale)
+    layers.update(rounding.round_weights(job))
+    return {name.removeprefix(prefix): layer for name, layer in layers.items()}
+
+
+class _Named:
+    """A recipe that is asked by the paths of the module, which has the network under a name of its own."""
+
+    def __init__(self, recipe: Recipe, prefix: str):
+        self.recipe, self.prefix = recipe, prefix
+
+    def bits(self, name: str) -> tuple[int, int]:
+        return self.recipe.bits(name.removeprefix(self.prefix))
+
+    def excludes(self, name: str) -> bool:
+        return self.recipe.excludes(name.removeprefix(self.prefix)) is not None
+
+
+def _balance(found: Mapping[str, Observed], recipe: _Named) -> dict[str, LayerState]:
+    method: ModuleType = registry.find("optimize.balance", recipe.recipe.balance)
+    factors: dict[str, np.ndarray] = {}
+    for name, layer in found.items():
+        if name in factors:
+            continue
+        readers = [other for other in layer.readers or (name,) if not recipe.excludes(other)]
+        alone = recipe.excludes(name) or any(found[other].groups > 1 for other in readers)
+        shared = [name] if alone else readers
+        ones = np.ones(len(layer.input.low), np.float32)
+        chosen = ones if alone else method.factors([found[other] for other in shared], recipe.bits(name))
+        factors.update(dict.fromkeys(shared, chosen))
+    return {name: _layer(layer, factors[name], recipe, name) for name, layer in found.items()}
+
+
+def _layer(layer: Observed, factors: np.ndarray, recipe: _Named, name: str) -> LayerState:
+    weight = balanced_weight(layer.weight, factors, layer.groups)
+    bits = recipe.bits(name)[0]
+    amax = np.abs(weight.reshape(len(weight), -1)).max(1)
+    if recipe.recipe.ranges == "mse" and bits <= LOW_BITS and layer.groups == 1:
+        importance = (layer.input.mean_square / factors.astype(np.float64) ** 2).reshape(1, -1, *[1] * (weight.ndim - 2))
+        amax = best_weight_amax(weight, importance, bits)
+    seen, given = layer.input, layer.output
+    bounds = (seen.low.numpy(), seen.high.numpy(), given.low.numpy(), given.high.numpy())
+    return LayerState(factors, *bounds, amax.astype(np.float32), output_clip=OUTPUT_MARGIN)
+
+
+def balanced_weight(weight: np.ndarray, factors: np.ndarray, groups: int = 1) -> np.ndarray:
+    """f w of a weight [out, in, ...]."""
+    if groups > 1:
+        return weight
+    scaled: np.ndarray = weight * factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+    return scaled

@@ -1,0 +1,151 @@
+"""From a network to the state of its layers, and the torch side of quantized layers: it must be what the graph computes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edgediffusion import registry
+from edgediffusion.errors import ArgumentError
+from edgediffusion.optimize.integers import weight_codes, weight_scale
+from edgediffusion.optimize.measure import measure
+from edgediffusion.optimize.observe import observe
+from edgediffusion.optimize.recipe import Recipe
+from edgediffusion.optimize.rounding import Job, adaround
+from edgediffusion.optimize.simulate import SimulatedLayer, anneal, initial_rounding, simulated
+
+
+class Network(torch.nn.Module):
+    """A convolution, two linear layers that read one tensor, and one that nothing reaches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(4, 8, 3, padding=1)
+        self.a, self.b, self.unused = (torch.nn.Linear(8, 6) for _ in range(3))
+        with torch.no_grad():
+            self.conv.weight[2] *= 20  # one wide channel, as trained networks have
+
+    def forward(self, sample, timestep):
+        x = torch.nn.functional.silu(self.conv(sample)).flatten(2).transpose(1, 2) + timestep.view(-1, 1, 1)
+        return self.a(x) + self.b(x)
+
+
+@pytest.fixture
+def items():
+    rng = np.random.default_rng(0)
+    return [(i % 4, {"sample": rng.standard_normal((2, 4, 5, 5), np.float32), "timestep": np.float32([i % 4])}) for i in range(12)]
+
+
+INT8 = Recipe("int8", "int8", "int8")
+W4A4 = Recipe("w4a4", "int4", "int4", ranges="mse")
+
+
+def error(states, items, bits):
+    """Relative squared error of the network's result with simulated layers."""
+    network = Network()
+    feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for _, feed in items]
+    with torch.no_grad():
+        expected = torch.cat([network(**feed) for feed in feeds])
+        with simulated(network, states, bits) as layers:
+            for layer in layers.values():
+                layer.hard = True
+            found = torch.cat([network(**feed) for feed in feeds])
+    return float((found - expected).square().sum() / expected.square().sum())
+
+
+def test_what_is_observed(items):
+    network = Network()
+    seen = observe(network, items)
+    assert set(seen) == {"conv", "a", "b"}
+    samples = np.stack([feed["sample"] for _, feed in items]).transpose(2, 0, 1, 3, 4).reshape(4, -1)
+    np.testing.assert_array_equal(seen["conv"].input.low.numpy(), samples.min(1))
+    np.testing.assert_array_equal(seen["conv"].input.high.numpy(), samples.max(1))
+    np.testing.assert_allclose(seen["conv"].input.mean_square, (samples.astype(np.float64) ** 2).mean(1))
+    assert set(seen["conv"].steps) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(np.stack(list(seen["conv"].steps.values())).max(0), np.abs(samples).max(1))
+    assert seen["a"].readers == ("a", "b")
+    assert seen["conv"].readers == ("conv",)
+
+
+def test_values_that_are_no_numbers_name_layer_and_step(items):
+    items[5][1]["sample"][0, 0, 0, 0] = np.nan
+    with pytest.raises(ArgumentError, match=r"'conv' .* step 1"):
+        observe(Network(), items)
+
+
+@pytest.mark.parametrize("name", registry.names("optimize.balance"))
+def test_layers_that_read_one_tensor_share_their_factors(items, name):
+    states = measure(Network(), items, replace(INT8, balance=name))
+    np.testing.assert_array_equal(states["a"].factors, states["b"].factors)
+
+
+def test_an_excluded_layer_is_not_balanced(items):
+    states = measure(Network(), items, replace(INT8, exclude=("^b$",), balance="smoothquant"))
+    assert (states["b"].factors == 1).all()
+    assert (states["a"].factors != 1).any()
+
+
+def test_a_layer_gets_the_bits_of_its_own(items):
+    recipe = replace(W4A4, eight=("^conv$",))
+    states = measure(Network(), items, recipe)
+    assert states["conv"].input_clip == 1.0
+    assert recipe.bits("conv") == (8, 8)
+
+
+def test_the_search_helps(items):
+    bits = dict.fromkeys(("conv", "a", "b"), (4, 4))
+    found = {b: error(measure(Network(), items, replace(W4A4, balance=b, ranges="max")), items, bits) for b in ("none", "search")}
+    assert found["search"] < 0.7 * found["none"]
+    assert error(measure(Network(), items, W4A4), items, bits) <= found["search"]
+
+
+def test_initial_rounding_golden():
+    values = initial_rounding(torch.tensor([0.25, 0.5, 0.75]))  # METHODS 2.4
+    np.testing.assert_allclose(values.numpy(), [-0.887303, 0, 0.887303], atol=1e-6)
+
+
+def test_anneal_golden():
+    found = [anneal(i / 20000) for i in (4000, 8000, 12000, 16000, 20000)]  # METHODS 2.4
+    np.testing.assert_allclose(found, [20, 15.5, 11, 6.5, 2])
+
+
+def test_a_soft_layer_starts_as_the_float_one_and_a_hard_one_rounds_to_nearest(items):
+    network = Network()
+    state = measure(network, items, W4A4)["conv"]
+    state = replace(state, weight_amax=np.abs(network.conv.weight.detach().numpy() * state.factors[:, None, None]).reshape(8, -1).max(1))
+    layer = SimulatedLayer(network.conv, state, (4, 16))
+    x = torch.from_numpy(items[0][1]["sample"])
+    torch.testing.assert_close(layer(x), network.conv(x), rtol=1e-3, atol=1e-3)
+    weight = network.conv.weight.detach().numpy() * state.factors[:, None, None]
+    nearest = weight_codes(weight, weight_scale(state.weight_amax, 4), 4)
+    assert (layer.codes() != nearest).mean() < 0.01  # halves go up, not to even
+
+
+def test_learned_rounding_is_better_than_nearest_and_stays_beside_it(items):
+    network = Network()
+    bits = dict.fromkeys(("conv", "a", "b"), (4, 4))
+    nearest = measure(Network(), items, W4A4)
+    job = Job(network, [feed for _, feed in items], nearest, W4A4, 0, lambda part: None)
+    learned = adaround.round_weights(job, adaround.Settings(iterations=150))
+    assert isinstance(network.conv, torch.nn.Conv2d), "the network is as it was"
+    rounded = {name: replace(nearest[name], input_clip=state.input_clip) for name, state in learned.items()}
+    assert learned_error(learned, items) < error(rounded, items, bits)
+    again = adaround.round_weights(Job(Network(), job.items, nearest, W4A4, 0, lambda part: None), adaround.Settings(iterations=150))
+    assert all(np.array_equal(learned[name].codes, again[name].codes) for name in learned)
+
+
+def learned_error(states, items):
+    """As ``error``, with the codes and biases that were learned."""
+    network = Network()
+    feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for _, feed in items]
+    with torch.no_grad():
+        expected = torch.cat([network(**feed) for feed in feeds])
+        with simulated(network, states, dict.fromkeys(states, (4, 4))) as layers:
+            for name, layer in layers.items():
+                layer.hard = True
+                layer.rounding.copy_(torch.from_numpy(states[name].codes) - layer.floor - 0.5)
+                layer.bias.copy_(torch.from_numpy(states[name].bias))
+            found = torch.cat([network(**feed) for feed in feeds])
+    return float((found - expected).square().sum() / expected.square().sum())
