@@ -39,7 +39,9 @@ def main() -> None:
     }
     found = {name: reference.measure(pixels) for name, pixels in variants.items()}
     print(tables(found))
-    settings = {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE}
+    made = small.bundle.history[-1].arguments
+    quantized = {name: made.get(name) for name in ("recipe", "state", "target")}
+    settings = {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE, "int8": quantized}
     save("quality", {**settings, "variants": {name: asdict(quality) for name, quality in found.items()}})
 
 
@@ -48,8 +50,8 @@ def _draw(pipeline: Pipeline, prompts: list[str], *, steps: int = STEPS, guidanc
     for at in range(0, len(prompts), BATCH):
         part = prompts[at : at + BATCH]
         seeds = range(seed + at, seed + at + len(part))
+        print(f"{steps} steps, guidance {guidance:g}, seeds from {seed}: {at} of {len(prompts)}", file=sys.stderr, flush=True)
         parts.append(pipeline(part, num_inference_steps=steps, guidance_scale=guidance, seed=seeds).pixels)
-    print(f"drew {len(prompts)}: {steps} steps, guidance {guidance:g}, seeds from {seed}", file=sys.stderr, flush=True)
     return np.concatenate(parts)
 
 
