@@ -51,11 +51,15 @@ def collect(
     items = {start: found for start, batch in batches.items() if (found := _read(parts, start, batch)) is not None}
     if items:
         tell(f"{sum(map(len, items.values()))} of {len(wanted)} items were there already, from a run that was stopped.")
+
+    def advance(start: int) -> Callable[[float], None]:
+        done = sum(map(len, items.values()))
+        return lambda part: progress("items", (done + part * len(batches[start].prompts)) / len(wanted))
+
     for start in _starts(wanted):
         if start not in items:
-            progress("items", sum(map(len, items.values())) / len(wanted))
             options: dict[str, Any] = {"sampler": sampler, "guidance_scale": guidance_scale, "seed": seed + start}
-            items[start] = batches[start].draw(pipeline, len(counts), options)
+            items[start] = batches[start].draw(pipeline, len(counts), options, advance(start))
             parts.write(_name(start), _to_arrays(items[start]))
     progress("items", 1.0)
     return [item for start in _starts(wanted) for item in items[start]]
@@ -92,7 +96,7 @@ class _Batch:
     prompts: list[str]
     wanted: np.ndarray
 
-    def draw(self, pipeline: Pipeline, steps: int, options: Mapping[str, Any]) -> list[Item]:
+    def draw(self, pipeline: Pipeline, steps: int, options: Mapping[str, Any], progress: Callable[[float], None]) -> list[Item]:
         found: dict[int, Item] = {}
         fed: dict[str, np.ndarray] = {}
 
@@ -101,9 +105,12 @@ class _Batch:
             for row in map(int, np.flatnonzero(self.wanted == step)):
                 found[row] = Item(step, self.prompts[row], {name: _rows(array, row, len(self.prompts)) for name, array in feeds.items()})
 
+        last = int(self.wanted.max())
+        progress(0.0)
         for step in pipeline.steps(self.prompts, num_inference_steps=steps, observe=observe, **options):
             check_finite(step, fed, self.prompts)
-            if step.index >= self.wanted.max():
+            progress((step.index + 1) / (last + 1))
+            if step.index >= last:
                 break
         return [found[row] for row in range(len(self.prompts))]
 

@@ -104,7 +104,7 @@ def test_ctrl_c_keeps_what_there_is_and_the_same_call_ends_in_the_same_bytes(tmp
     told = []
     labels = set()
     calibrate(bundle, source=source, output=output, tell=told.append, progress=lambda label, part: labels.add(label), **SETTINGS)
-    assert told == ["24 of 40 items were there already, from a run that was stopped."]
+    assert told == ["16 of 40 items were there already, from a run that was stopped."]
     assert "features" not in labels, "the allocation is kept too"
     assert content(output) == undisturbed
     assert [p.name for p in tmp_path.iterdir()] == ["state"]

@@ -95,14 +95,14 @@ def test_the_record_says_what_was_left_open(bundle, undisturbed):
 # --- stopping and going on
 
 
-@pytest.mark.parametrize("at", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("at", [0.4, 0.5, 0.9])
 def test_what_was_stopped_goes_on_and_ends_the_same(tmp_path, bundle, undisturbed, at):
     with pytest.raises(Stop):
         draw_items(bundle, PROMPTS, DRAWING, keep=tmp_path, progress=stopping(at))
     told, drawn = [], []
     again = draw_items(bundle, PROMPTS, DRAWING, keep=tmp_path, tell=told.append, progress=lambda label, part: drawn.append(part))
     assert same(undisturbed, again)
-    kept = -int(-at * DRAWING.samples // BATCH) * BATCH
+    kept = int(at * DRAWING.samples) // BATCH * BATCH  # the batch in which it was stopped is drawn again
     assert told == [f"{kept} of {DRAWING.samples} items were there already, from a run that was stopped."]
     assert drawn[0] == kept / DRAWING.samples
 
