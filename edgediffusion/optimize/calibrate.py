@@ -53,21 +53,27 @@ def calibrate(
     from edgediffusion.export.source import Source
 
     origin = Source.open(Path(source))
-    (component,) = _denoisers(bundle)
+    _denoisers(bundle)
     texts = list(prompts) if prompts is not None else read_prompts(Path(source))
     drawing = Drawing(strategy, samples, steps, seed, guidance_scale, sampler, options or {})
     check_drawing(drawing, texts)  # before all weights are read for their hashes
     _same_source(bundle, origin)
     with parts.beside(Path(output)) as keep:
         drawn = draw_items(bundle, texts, drawing, keep=keep, tell=tell, progress=progress)
-        state = _state(bundle, component, origin, drawn, chosen, progress)
+        state = state_of(bundle, origin, drawn, chosen, progress=progress)
         state.save(Path(output))
     return state
 
 
-def _state(bundle: Bundle, component: Component, origin: object, drawn: Drawn, recipe: Recipe, progress: Progress) -> QuantizationState:
-    """Measure the layers of the bundle's denoiser over the items."""
-    layers = _measure(origin, component, drawn, recipe, progress)
+def state_of(
+    bundle: Bundle, source: object, drawn: Drawn, recipe: Recipe, *, progress: Progress = lambda label, part: None
+) -> QuantizationState:
+    """The state of the bundle's denoiser for a recipe, from items that are drawn already.
+
+    ``source`` is the opened ``export.source.Source`` that the bundle was exported from.
+    """
+    (component,) = _denoisers(bundle)
+    layers = _measure(source, component, drawn, recipe, progress)
     return QuantizationState(
         weights=weights_digest(bundle, component),
         calibration=drawn.record,

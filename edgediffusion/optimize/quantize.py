@@ -34,11 +34,13 @@ def quantize(
     *,
     recipe: str | Recipe | None = None,
     target: str = "cpu-x86-64",
+    placement: Placement | None = None,
     progress: Progress = lambda label, part: None,
 ) -> Bundle:
     """Write the bundle with its denoiser quantized as ``recipe`` says, with Q/DQ nodes where ``target``'s engine wants them.
 
-    ``recipe`` is by default the one that the state was made for; it and ``target`` are names or paths of TOML files. Which
+    ``recipe`` is by default the one that the state was made for; it and ``target`` are names or paths of TOML files. ``placement``
+    is by default the target's. Which
     layers stayed float, and why, is in the new bundle's history.
 
     Raises:
@@ -47,7 +49,7 @@ def quantize(
     """
     device = targets.load(target)
     known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
-    job = _Job(known, _recipe(known, recipe), load_placement(device.placement))
+    job = _Job(known, _recipe(known, recipe), placement or load_placement(device.placement))
     chosen = bundle.with_role("denoise")
     for component in chosen:
         _check_weights(bundle, component, job.state)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ STRETCH, SHIFT = 1.2, -0.1
 
 
 class SimulatedLayer(torch.nn.Module):
-    """One convolution or linear layer with quantized input and weight.
+    """One convolution or linear layer with quantized input and weight; a subclass says how its weight is rounded.
 
-    Learned are ``rounding`` (AdaRound's a, shaped like the weight), ``log_step`` (the logarithm of the input's step over
-    its first value, LSQ) and ``bias``. Inputs outside the range pass their gradient to the step alone.
+    Learned are ``log_step``, the logarithm of the input's step over its first value (LSQ, Esser et al. 2020, 1902.08153), and
+    ``bias``. Inputs outside the range pass their gradient to the step alone.
     """
 
     def __init__(self, layer: torch.nn.Module, state: LayerState, bits: tuple[int, int]):
@@ -32,36 +33,34 @@ class SimulatedLayer(torch.nn.Module):
         self.layer: Any = layer
         is_conv = isinstance(layer, torch.nn.Conv2d)
         weight_bits, self.activation_bits = bits
-        axes = (1, -1, 1, 1) if is_conv else (-1,)
         factors = torch.from_numpy(state.factors)
-        self.factors = factors.view(axes)
-        grouped = isinstance(layer, torch.nn.Conv2d) and layer.groups > 1
+        self.factors = factors.view((1, -1, 1, 1) if is_conv else (-1,))
         weight = layer.weight.detach().float()
+        grouped = isinstance(layer, torch.nn.Conv2d) and layer.groups > 1
         self.weight = weight if grouped else weight * factors.view(1, -1, *[1] * (weight.ndim - 2))
-        self.step_w = torch.from_numpy(weight_scale(state.weight_amax, weight_bits)).view(-1, *[1] * (weight.ndim - 1))
+        self.weight_step = torch.from_numpy(weight_scale(state.weight_amax, weight_bits)).view(-1, *[1] * (weight.ndim - 1))
         self.top = 2 ** (weight_bits - 1) - 1
         if self.activation_bits < 16:
             self.quantizer = affine(*state.input_range(), self.activation_bits, signed=False)
-        self.floor = torch.clamp(torch.floor(self.weight / self.step_w), -self.top, self.top)
-        rest = torch.clamp(self.weight / self.step_w - self.floor, 0, 1)
-        self.rounding = torch.nn.Parameter(initial_rounding(rest))
         self.log_step = torch.nn.Parameter(torch.zeros(()))
         self.bias = torch.nn.Parameter(torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().clone())
-        self.hard = False
 
-    def part_up(self) -> torch.Tensor:
-        """h: the part of the way from the lower code to the upper one, 0..1; 0 or 1 once hard."""
-        soft = torch.clamp(STRETCH * torch.sigmoid(self.rounding) + SHIFT, 0, 1)
-        return (self.rounding >= 0).to(soft.dtype) if self.hard else soft
+    def read_weight(self) -> torch.Tensor:
+        """The weight as it is read from its codes, with gradients; shaped like the layer's."""
+        raise NotImplementedError
+
+    def learned(self, state: LayerState) -> LayerState:
+        """The state with what was learned."""
+        step = float(torch.exp(self.log_step.detach()))
+        return replace(state, codes=self.codes(), bias=self.bias.detach().numpy(), input_clip=state.input_clip * step)
 
     def codes(self) -> np.ndarray:
         """int8, shaped like the weight."""
-        rounded = torch.clamp(self.floor + (self.rounding >= 0), -self.top, self.top)
-        return np.asarray(rounded.detach().to(torch.int8).numpy())
+        return np.asarray(torch.round(self.read_weight().detach() / self.weight_step).to(torch.int8).numpy())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._read(x.float() / self.factors) if self.activation_bits < 16 else x.float() / self.factors
-        weight = torch.clamp(self.floor + self.part_up(), -self.top, self.top) * self.step_w
+        weight = self.read_weight()
         if isinstance(self.layer, torch.nn.Linear):
             return F.linear(x, weight, self.bias)
         y: torch.Tensor = self.layer._conv_forward(x, weight, self.bias)
@@ -70,10 +69,64 @@ class SimulatedLayer(torch.nn.Module):
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         q = self.quantizer
         step = q.scale * torch.exp(self.log_step)
-        steps = x / step
-        steps = steps + (torch.round(steps) - steps).detach()  # straight through
-        read: torch.Tensor = torch.clamp(steps, q.lowest - q.zero, q.highest - q.zero) * step
+        read: torch.Tensor = torch.clamp(round_through(x / step), q.lowest - q.zero, q.highest - q.zero) * step
         return read
+
+
+class NearestLayer(SimulatedLayer):
+    """Every weight at its nearest code, which is not learned."""
+
+    def read_weight(self) -> torch.Tensor:
+        return torch.clamp(torch.round(self.weight / self.weight_step), -self.top, self.top) * self.weight_step
+
+
+class AdaRoundLayer(SimulatedLayer):
+    """Every weight at the code below or above it. ``rounding`` is AdaRound's a, shaped like the weight; ``hard`` once chosen."""
+
+    def __init__(self, layer: torch.nn.Module, state: LayerState, bits: tuple[int, int]):
+        super().__init__(layer, state, bits)
+        self.floor = torch.clamp(torch.floor(self.weight / self.weight_step), -self.top, self.top)
+        rest = torch.clamp(self.weight / self.weight_step - self.floor, 0, 1)
+        self.rounding = torch.nn.Parameter(initial_rounding(rest))
+        self.hard = False
+
+    def part_up(self) -> torch.Tensor:
+        """h: the part of the way from the lower code to the upper one, 0..1; 0 or 1 once hard."""
+        soft = torch.clamp(STRETCH * torch.sigmoid(self.rounding) + SHIFT, 0, 1)
+        return (self.rounding >= 0).to(soft.dtype) if self.hard else soft
+
+    def read_weight(self) -> torch.Tensor:
+        return torch.clamp(self.floor + self.part_up(), -self.top, self.top) * self.weight_step
+
+    def learned(self, state: LayerState) -> LayerState:
+        self.hard = True
+        return super().learned(state)
+
+
+class StraightThroughLayer(SimulatedLayer):
+    """Every weight at any code. ``latent`` is the weight in steps before it is rounded, ``log_weight_step`` the logarithm of
+    each output channel's step over its first value; rounding passes gradients on as they are."""
+
+    def __init__(self, layer: torch.nn.Module, state: LayerState, bits: tuple[int, int]):
+        super().__init__(layer, state, bits)
+        self.latent = torch.nn.Parameter(self.weight / self.weight_step)
+        self.log_weight_step = torch.nn.Parameter(torch.zeros_like(self.weight_step))
+
+    def read_weight(self) -> torch.Tensor:
+        read: torch.Tensor = round_through(torch.clamp(self.latent, -self.top, self.top))
+        return read * (self.weight_step * torch.exp(self.log_weight_step))
+
+    def codes(self) -> np.ndarray:
+        return np.asarray(torch.round(torch.clamp(self.latent.detach(), -self.top, self.top)).to(torch.int8).numpy())
+
+    def learned(self, state: LayerState) -> LayerState:
+        wider = torch.exp(self.log_weight_step.detach()).flatten().numpy()
+        return replace(super().learned(state), weight_amax=(state.weight_amax * wider).astype(np.float32))
+
+
+def round_through(x: torch.Tensor) -> torch.Tensor:
+    """Round to nearest with the gradient of no rounding (Bengio et al. 2013, 1308.3432)."""
+    return x + (torch.round(x) - x).detach()
 
 
 def initial_rounding(rest: torch.Tensor) -> torch.Tensor:
@@ -81,24 +134,27 @@ def initial_rounding(rest: torch.Tensor) -> torch.Tensor:
     return -torch.log(STRETCH / (rest - SHIFT) - 1)
 
 
-def rounding_loss(layer: SimulatedLayer, b: float) -> torch.Tensor:
+def rounding_loss(layer: AdaRoundLayer, b: float) -> torch.Tensor:
     """sum (1 - |2 h - 1|^b), which pulls h to 0 or 1 (AdaRound, equation 24)."""
     return (1 - (2 * layer.part_up() - 1).abs().pow(b)).sum()
 
 
 @contextmanager
 def simulated(
-    module: torch.nn.Module, states: Mapping[str, LayerState], bits: Mapping[str, tuple[int, int]]
+    module: torch.nn.Module,
+    states: Mapping[str, LayerState],
+    bits: Mapping[str, tuple[int, int]],
+    kind: Callable[[tuple[int, int]], type[SimulatedLayer]] = lambda bits: NearestLayer,
 ) -> Iterator[dict[str, SimulatedLayer]]:
-    """Put simulated layers into ``module``, by path, for the layers that ``bits`` names; the old ones return at the end."""
+    """Put simulated layers into ``module`` for the layers that ``bits`` names, by path; the old ones return at the end."""
     replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
     layers: dict[str, SimulatedLayer] = {}
     try:
-        for name in bits:
+        for name, widths in bits.items():
             parent, _, last = name.rpartition(".")
             owner = module.get_submodule(parent)
             layer = owner.get_submodule(last)
-            layers[name] = SimulatedLayer(layer, states[name], bits[name])
+            layers[name] = kind(widths)(layer, states[name], widths)
             replaced.append((owner, last, layer))
             setattr(owner, last, layers[name])
         yield layers

@@ -12,8 +12,8 @@ from edgediffusion.optimize.integers import weight_codes, weight_scale
 from edgediffusion.optimize.measure import measure
 from edgediffusion.optimize.observe import observe
 from edgediffusion.optimize.recipe import Recipe
-from edgediffusion.optimize.rounding import Job, adaround
-from edgediffusion.optimize.simulate import SimulatedLayer, anneal, initial_rounding, simulated
+from edgediffusion.optimize.rounding import Job
+from edgediffusion.optimize.simulate import AdaRoundLayer, NearestLayer, anneal, initial_rounding, simulated
 
 
 class Network(torch.nn.Module):
@@ -48,9 +48,7 @@ def error(states, items, bits):
     feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for _, feed in items]
     with torch.no_grad():
         expected = torch.cat([network(**feed) for feed in feeds])
-        with simulated(network, states, bits) as layers:
-            for layer in layers.values():
-                layer.hard = True
+        with simulated(network, states, bits):
             found = torch.cat([network(**feed) for feed in feeds])
     return float((found - expected).square().sum() / expected.square().sum())
 
@@ -115,7 +113,7 @@ def test_a_soft_layer_starts_as_the_float_one_and_a_hard_one_rounds_to_nearest(i
     network = Network()
     state = measure(network, items, W4A4)["conv"]
     state = replace(state, weight_amax=np.abs(network.conv.weight.detach().numpy() * state.factors[:, None, None]).reshape(8, -1).max(1))
-    layer = SimulatedLayer(network.conv, state, (4, 16))
+    layer = AdaRoundLayer(network.conv, state, (4, 16))
     x = torch.from_numpy(items[0][1]["sample"])
     torch.testing.assert_close(layer(x), network.conv(x), rtol=1e-3, atol=1e-3)
     weight = network.conv.weight.detach().numpy() * state.factors[:, None, None]
@@ -123,29 +121,37 @@ def test_a_soft_layer_starts_as_the_float_one_and_a_hard_one_rounds_to_nearest(i
     assert (layer.codes() != nearest).mean() < 0.01  # halves go up, not to even
 
 
-def test_learned_rounding_is_better_than_nearest_and_stays_beside_it(items):
-    network = Network()
-    bits = dict.fromkeys(("conv", "a", "b"), (4, 4))
-    nearest = measure(Network(), items, W4A4)
-    job = Job(network, [feed for _, feed in items], nearest, W4A4, 0, lambda part: None)
-    learned = adaround.round_weights(job, adaround.Settings(iterations=150))
-    assert isinstance(network.conv, torch.nn.Conv2d), "the network is as it was"
-    rounded = {name: replace(nearest[name], input_clip=state.input_clip) for name, state in learned.items()}
-    assert learned_error(learned, items) < error(rounded, items, bits)
-    again = adaround.round_weights(Job(Network(), job.items, nearest, W4A4, 0, lambda part: None), adaround.Settings(iterations=150))
-    assert all(np.array_equal(learned[name].codes, again[name].codes) for name in learned)
+@pytest.mark.parametrize("method", [m for m in registry.names("optimize.rounding") if m != "nearest"])
+def test_learned_rounding_is_better_than_nearest_and_the_same_every_time(items, method):
+    """Weights only: four bits of the activations would drown what rounding gains here."""
+    recipe, bits = replace(W4A4, activations="float"), dict.fromkeys(("conv", "a", "b"), (4, 16))
+    nearest, rounding = measure(Network(), items, recipe), registry.find("optimize.rounding", method)
+    learned = []
+    for _ in range(2):
+        network = Network()
+        job = Job(network, [feed for _, feed in items], nearest, recipe, 0, lambda part: None)
+        learned.append(rounding.round_weights(job, replace(rounding.SETTINGS, iterations=600)))
+        assert isinstance(network.conv, torch.nn.Conv2d), "the network is as it was"
+    assert learned_error(learned[0], items) < 0.9 * error(nearest, items, bits)
+    for name, state in learned[0].items():
+        assert np.abs(state.codes).max() <= 7
+        np.testing.assert_array_equal(state.codes, learned[1][name].codes)
 
 
 def learned_error(states, items):
     """As ``error``, with the codes and biases that were learned."""
+
+    class Coded(NearestLayer):
+        def read_weight(self):
+            return self.codes_given * self.weight_step
+
     network = Network()
     feeds = [{name: torch.from_numpy(array) for name, array in feed.items()} for _, feed in items]
     with torch.no_grad():
         expected = torch.cat([network(**feed) for feed in feeds])
-        with simulated(network, states, dict.fromkeys(states, (4, 4))) as layers:
+        with simulated(network, states, dict.fromkeys(states, (4, 16)), lambda bits: Coded) as layers:
             for name, layer in layers.items():
-                layer.hard = True
-                layer.rounding.copy_(torch.from_numpy(states[name].codes) - layer.floor - 0.5)
+                layer.codes_given = torch.from_numpy(states[name].codes).float()
                 layer.bias.copy_(torch.from_numpy(states[name].bias))
             found = torch.cat([network(**feed) for feed in feeds])
     return float((found - expected).square().sum() / expected.square().sum())

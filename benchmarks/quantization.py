@@ -1,0 +1,173 @@
+"""What each method of quantizing does to the pictures of a shipped pipeline: python benchmarks/quantization.py fashion
+
+Every row is a bundle that ONNX Runtime ran: 256 pictures of the judge's prompts, the bundle's own sampler, 20 steps, guidance
+3, against the float pipeline from the same noise. The naive rows quantize every layer with the observed minima and maxima and
+one scale for a tensor. The methods are added one after the other:
+
+* ends: the first, the last and the time embedding's layers stay float
+* channels: a range for each output channel (passes/insert_qdq.py)
+* balance: factors for input channels, chosen by expected error
+* mse: ranges and weight scales with the least squared error
+* adaround: learned rounding up or down, learned steps of activations and biases
+* straight-through: learned codes instead, and learned steps of weights too
+
+With ``--strategies``, the calibration strategies are compared instead, with everything of the above but learning.
+Rows that are in the results already are not measured again; ``--fresh`` begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _report import REFERENCE, RESULTS, save
+
+from edgediffusion import registry, text
+from edgediffusion.bundle import Bundle
+from edgediffusion.cli._progress import Progress
+from edgediffusion.export import export
+from edgediffusion.export.source import Source
+from edgediffusion.optimize import quantize
+from edgediffusion.optimize.calibrate import state_of
+from edgediffusion.optimize.items import Drawing, Drawn, draw_items
+from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, with_preset
+from edgediffusion.profiles import judges
+from edgediffusion.profiles.quality import Quality, Reference
+from edgediffusion.runtimes import Pipeline
+
+PICTURES, BATCH, STEPS, GUIDANCE, SAMPLES = 256, 16, 20, 3.0, 256
+FORMATS = {"W8A8": ("int8", "int8"), "W4A8": ("int4", "int8"), "W4A4": ("int4", "int4")}
+METHODS = ("naive", "+ ends", "+ channels", "+ balance", "+ mse", "+ adaround", "+ straight-through")
+HEAD = ("model", "format", "method", "PSNR median", "p10", "worst", "SSIM", "Fréchet", "of float", "agreement", "of float", "seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("fashion", "fashion-dit"))
+    parser.add_argument("--strategies", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
+    arguments = parser.parse_args()
+    name = f"quantization_{'strategies' if arguments.strategies else 'methods'}_{arguments.model.replace('-', '_')}"
+    known = {} if arguments.fresh else _known(name)
+    with tempfile.TemporaryDirectory(dir=REFERENCE.parent, prefix=".quantization-") as folder:  # links do not cross file systems
+        for row in _rows(_Bench(arguments.model, Path(folder)), arguments.strategies, known):
+            known[row["format"], row["method"]] = row
+            save(name, {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE, "samples": SAMPLES, "rows": [*known.values()]})
+    print(text.markdown_table(HEAD, [shown(row) for row in known.values()]))
+
+
+def shown(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+
+    def interval(score: dict[str, Any], digits: int) -> str:
+        return f"{score['value']:.{digits}f} ({score['low']:.{digits}f}..{score['high']:.{digits}f})"
+
+    cells = [row["model"], row["format"], row["method"], interval(row["psnr"], 1), f"{row['p10']:.1f}", f"{row['worst']:.1f}"]
+    cells += [f"{row['ssim']:.3f}", interval(row["frechet"], 1), f"{row['frechet_float']:.1f}"]
+    return [*cells, f"{row['agreement']:.1%}", f"{row['agreement_float']:.1%}", f"{row['calibration_s']:.0f}"]
+
+
+def _known(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    file = RESULTS / f"{name}.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    return {(row["format"], row["method"]): row for row in rows}
+
+
+class _Bench:
+    """One pipeline: its float bundle, its pictures, and what a quantized one of it scores."""
+
+    def __init__(self, model: str, folder: Path):
+        self.model, self.folder = model, folder
+        self.judge = judges.load("fashion")
+        self.prompts = [self.judge.prompts[i % len(self.judge.prompts)] for i in range(PICTURES)]
+        self.source = Source.open(REFERENCE / model)
+        with Progress() as progress:
+            self.bundle = export(REFERENCE / model, folder / "float32", progress=progress)
+        self.reference = Reference(self._draw(self.bundle), prompts=self.prompts, judge=self.judge)
+        self._items: dict[str, Drawn] = {}
+
+    def items(self, strategy: str) -> Drawn:
+        if strategy not in self._items:
+            drawing = Drawing(strategy, SAMPLES, STEPS, guidance_scale=GUIDANCE)
+            with Progress() as progress:
+                self._items[strategy] = draw_items(self.bundle, self.judge.prompts, drawing, progress=progress)
+        return self._items[strategy]
+
+    def score(self, recipe: Recipe, placement: Placement, strategy: str) -> dict[str, Any]:
+        drawn, started = self.items(strategy), time.perf_counter()
+        with Progress() as progress:
+            state = state_of(self.bundle, self.source, drawn, recipe, progress=progress)
+        seconds = time.perf_counter() - started
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            quantized = quantize(self.bundle, state, Path(folder) / "quantized", placement=placement)
+            quality = self.reference.measure(self._draw(quantized))
+        return {**_figures(quality), "calibration_s": seconds}
+
+    def _draw(self, bundle: Bundle) -> np.ndarray:
+        pipeline, parts = Pipeline.from_bundle(bundle), []
+        for at in range(0, PICTURES, BATCH):
+            part, seeds = self.prompts[at : at + BATCH], range(10_000 + at, 10_000 + at + BATCH)
+            parts.append(pipeline(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=seeds).pixels)
+        return np.concatenate(parts)
+
+
+def _figures(quality: Quality) -> dict[str, Any]:
+    pairs, sets = {score.metric: score for score in quality.pairs}, {score.metric: score for score in quality.sets}
+    psnr, frechet, agreement = pairs["psnr"], sets["frechet"], sets["agreement"]
+    return {
+        "psnr": {"value": psnr.median, "low": psnr.low, "high": psnr.high},
+        "p10": psnr.tenth,
+        "worst": psnr.worst,
+        "ssim": pairs["ssim"].median,
+        "frechet": {"value": frechet.value, "low": frechet.low, "high": frechet.high},
+        "frechet_float": frechet.reference,
+        "agreement": agreement.value,
+        "agreement_float": agreement.reference,
+    }
+
+
+def _rows(bench: _Bench, strategies: bool, known: dict[tuple[str, str], Any]) -> Iterator[dict[str, Any]]:
+    for format_name, method, recipe, placement, strategy in _strategies() if strategies else _methods():
+        if (format_name, method) not in known:
+            yield {"model": bench.model, "format": format_name, "method": method, **bench.score(recipe, placement, strategy)}
+
+
+_Case = tuple[str, str, Recipe, Placement, str]
+
+
+def _methods() -> Sequence[_Case]:
+    usual = load_placement("onnxruntime_cpu")
+    cases = []
+    for name, formats in FORMATS.items():
+        recipe, placement = Recipe(name, *formats, balance="none"), replace(usual, channel_scales=False)
+        for method in METHODS:
+            if method == "+ ends":
+                recipe = with_preset(recipe, "ends")
+            elif method == "+ channels":
+                placement = usual
+            elif method == "+ balance":
+                recipe = replace(recipe, balance="search")
+            elif method == "+ mse":
+                recipe = replace(recipe, ranges="mse")
+            elif method != "naive":
+                recipe = replace(recipe, rounding=method.removeprefix("+ "))
+            if not (name == "W8A8" and METHODS.index(method) > METHODS.index("+ balance")):  # of no effect on 8 bits
+                cases.append((name, method, recipe, placement, "uniform"))
+    return cases
+
+
+def _strategies() -> Sequence[_Case]:
+    recipes = {n: with_preset(Recipe(n, *FORMATS[n], ranges="mse"), "ends") for n in ("W8A8", "W4A8")}
+    placement = load_placement("onnxruntime_cpu")
+    return [(n, s, recipe, placement, s) for n, recipe in recipes.items() for s in registry.names("optimize.calibration")]
+
+
+if __name__ == "__main__":
+    main()
