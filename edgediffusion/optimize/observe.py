@@ -116,7 +116,9 @@ def observe(
 
 
 def tensors(feeds: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.asarray(array)) for name, array in feeds.items()}
+    """As the network in float32 takes them, whatever the bundle's number format is."""
+    given = {name: torch.from_numpy(np.asarray(array)) for name, array in feeds.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 
 def _new(layer: torch.nn.Module, inputs: int, outputs: int) -> Observed:

@@ -18,13 +18,14 @@ LOW_BITS = 6  # weights of more bits are rounded to nearest: nothing is to be ga
 
 @dataclass(frozen=True)
 class Settings:
-    """Rates of Adam, which fall to zero along a cosine. ``batch`` is of items, each with two rows where there is guidance."""
+    """Rates of Adam; with ``decay`` they fall to zero along a cosine. ``batch`` is of items, each two rows where there is guidance."""
 
     iterations: int = 400
     batch: int = 16
     rate_weights: float = 1e-2
     rate_steps: float = 2e-3
     rate_bias: float = 2e-3
+    decay: bool = True
 
 
 Parameters = Callable[[Sequence[SimulatedLayer]], list[tuple[list[torch.nn.Parameter], float]]]
@@ -75,7 +76,7 @@ def _descend(
         done = iteration / settings.iterations
         loss = loss_of(rng.choice(len(job.items), min(settings.batch, len(job.items)), replace=False), done)
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * cosine(done)
+            group["lr"] = group["rate"] * (cosine(done) if settings.decay else 1.0)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

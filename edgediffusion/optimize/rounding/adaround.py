@@ -19,8 +19,8 @@ from edgediffusion.optimize.rounding._fit import LOW_BITS, Settings, fit
 from edgediffusion.optimize.simulate import AdaRoundLayer, NearestLayer, SimulatedLayer, anneal, rounding_loss
 from edgediffusion.optimize.state import LayerState
 
-SETTINGS = Settings(iterations=600, rate_weights=5e-2)
-WARM_UP, PENALTY = 0.2, 10.0
+SETTINGS = Settings(rate_weights=2e-2, decay=False)  # the penalty needs its rate most at the end
+WARM_UP, PENALTY = 0.2, 30.0
 
 
 def round_weights(job: Job, settings: Settings = SETTINGS) -> dict[str, LayerState]:
