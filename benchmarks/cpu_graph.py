@@ -2,7 +2,8 @@
 
 Times one step of the denoiser (guidance batch of two) for every combination of
 
-* where Q/DQ nodes stand: nowhere (float), on inputs only, on the outputs of convolutions too, on all outputs,
+* where Q/DQ nodes stand: nowhere (float), on inputs only, on the outputs of convolutions too (with one scale for a tensor, or
+  balanced channels and a scale for each on the outer sides), on all outputs,
 * group normalization as ONNX has it, or as an instance normalization over groups,
 * ONNX Runtime's MatMulAddFusion on or off.
 
@@ -16,6 +17,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ PLACEMENTS = {
     "float": None,
     "inputs": Placement("inputs", "uint8", LAYERS),
     "inputs, Conv outputs": Placement("conv", "uint8", LAYERS, ("Conv",)),
+    "inputs, Conv outputs, by channel": Placement("channels", "uint8", LAYERS, ("Conv",), channel_scales=True),
     "inputs, all outputs": Placement("all", "uint8", LAYERS, LAYERS),
 }
 PROMPTS = ["a photo of a dress", "a dark coat", "a sneaker", "a bright bag"]
@@ -63,16 +66,23 @@ def _sessions(folder: Path) -> dict[tuple[str, str, str], Callable[[], Any]]:
 
     lower = pipeline.lower_group_norm
     instance = export(REFERENCE / "fashion", folder / "instance")
-    state = calibrate(instance, source=REFERENCE / "fashion", output=folder / "state.json", samples=16, steps=10, prompts=PROMPTS)
+    states = {balance: _state(instance, balance, folder) for balance in ("none", "search")}
     pipeline.lower_group_norm = lambda model: 0
     group = export(REFERENCE / "fashion", folder / "group")
     pipeline.lower_group_norm = lower
     found = {}
     for (name, placement), (form, bundle) in itertools.product(PLACEMENTS.items(), (("group", group), ("instance", instance))):
-        model = _model(bundle, state, placement, folder / f"{name}-{form}")
+        balanced = placement is not None and placement.channel_scales
+        model = _model(bundle, states["search" if balanced else "none"], placement, folder / f"{name}-{form}")
         for fusion in ("on", "off"):
             found[name, form, fusion] = _runner(model, fusion == "on")
     return found
+
+
+def _state(bundle: Bundle, balance: str, folder: Path) -> QuantizationState:
+    recipe = replace(load_recipe("int8"), balance=balance)
+    settings: dict[str, Any] = {"samples": 16, "steps": 10, "prompts": PROMPTS, "recipe": recipe}
+    return calibrate(bundle, source=REFERENCE / "fashion", output=folder / f"state-{balance}", **settings)
 
 
 def _model(bundle: Bundle, state: QuantizationState, placement: Placement | None, folder: Path) -> Path:
@@ -83,7 +93,7 @@ def _model(bundle: Bundle, state: QuantizationState, placement: Placement | None
 
     model = load_graph(bundle.path / bundle.component("unet").model)
     if placement is not None:
-        insert_qdq(model, {n.removeprefix("unet/"): r for n, r in state.layers.items()}, load_recipe("int8"), placement)
+        insert_qdq(model, {n.removeprefix("unet/"): layer for n, layer in state.layers.items()}, load_recipe("int8"), placement)
     folder.mkdir()
     store_weights(model, folder)
     ir.save(model, folder / "model.onnx")

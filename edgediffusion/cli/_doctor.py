@@ -31,7 +31,7 @@ _PURPOSES = {
     "onnx": "writes and checks graphs",
     "onnx-ir": "edits graphs without loading their weights",
     "onnxscript": "simplifies traced graphs",
-    "nvidia-modelopt": "finds the ranges for int8",
+    "nvidia-modelopt": "finds ranges for recipes that ask for its algorithms",
     "openvino": "runs bundles with OpenVINO on CPUs and GPUs",
     "tensorrt": "builds and runs engines on NVIDIA servers and Jetsons",
     "tensorrt-rtx-cu13": "builds and runs engines for GeForce RTX",

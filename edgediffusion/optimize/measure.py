@@ -49,6 +49,11 @@ def measure(
         few = {n: b for n in layers if (b := chosen.bits(n)[1]) <= LOW_BITS and not (chosen.excludes(n) or layers[n].is_constant)}
         clips = input_clips(module, feeds, layers, found, few, progress=lambda part: progress("ranges", part))
         layers = {name: replace(layer, input_clip=clips.get(name, 1.0)) for name, layer in layers.items()}
+    elif recipe.ranges.startswith("modelopt"):
+        from edgediffusion.optimize.modelopt import calibrated
+
+        wanted = {n: chosen.bits(n) for n in layers if not (chosen.excludes(n) or layers[n].is_constant or found[n].groups > 1)}
+        layers |= calibrated(module, feeds, layers, wanted, recipe.ranges, progress=lambda part: progress("ranges", part))
     rounding: ModuleType = registry.find("optimize.rounding", recipe.rounding)
     job = Job(module, feeds, layers, chosen.recipe, seed, lambda part: progress("rounding weights", part), prefix, guidance_scale)
     layers.update(rounding.round_weights(job))

@@ -23,7 +23,7 @@ else:
 
 _HERE = Path(__file__).parent
 BITS = {"int8": 8, "int4": 4}
-RANGES = ("max", "mse")
+RANGES = ("max", "mse", "modelopt-max", "modelopt-mse")
 _FORMATS = (*BITS, "float")
 
 
@@ -33,7 +33,8 @@ class Recipe:
 
     ``exclude`` and ``eight`` are regular expressions for module paths: layers that stay float, and layers that get int8
     weights and activations whatever the others get. ``balance`` and ``rounding`` name files of those folders; ``ranges`` is
-    ``max``, the observed ones, or ``mse``, those with the least squared error. ``activations = "float"`` quantizes weights only.
+    ``max``, the observed ones, ``mse``, those with the least squared error, or what nvidia-modelopt's algorithms find.
+    ``activations = "float"`` quantizes weights only.
     """
 
     name: str

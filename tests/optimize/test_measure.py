@@ -99,6 +99,18 @@ def test_the_search_helps(items):
     assert error(measure(Network(), items, W4A4), items, bits) <= found["search"]
 
 
+def test_modelopt_finds_what_was_observed_and_clips_weights(items):
+    """Its maxima are those of the balanced layers; with squared error as the measure it cuts some weights of 4 bits."""
+    ours = measure(Network(), items, INT8)
+    theirs = measure(Network(), items, replace(INT8, ranges="modelopt-max"))
+    for name in ("conv", "a", "b"):
+        np.testing.assert_allclose(theirs[name].weight_amax, ours[name].weight_amax, rtol=1e-5)
+        np.testing.assert_allclose(theirs[name].input_range(), ours[name].input_range(), rtol=1e-5)
+    cut = measure(Network(), items, replace(INT8, weights="int4", ranges="modelopt-mse"))
+    whole = measure(Network(), items, replace(INT8, weights="int4"))
+    assert any((cut[name].weight_amax < whole[name].weight_amax * 0.99).any() for name in ("conv", "a", "b"))
+
+
 def test_initial_rounding_golden():
     values = initial_rounding(torch.tensor([0.25, 0.5, 0.75]))  # METHODS 2.4
     np.testing.assert_allclose(values.numpy(), [-0.887303, 0, 0.887303], atol=1e-6)
