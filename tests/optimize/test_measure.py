@@ -13,6 +13,7 @@ from edgediffusion.optimize.measure import measure
 from edgediffusion.optimize.observe import observe
 from edgediffusion.optimize.recipe import Recipe
 from edgediffusion.optimize.rounding import Job
+from edgediffusion.optimize.rounding.gptq import gptq
 from edgediffusion.optimize.simulate import AdaRoundLayer, NearestLayer, anneal, initial_rounding, simulated
 
 
@@ -142,12 +143,33 @@ def test_learned_rounding_is_better_than_nearest_and_the_same_every_time(items, 
     for _ in range(2):
         network = Network()
         job = Job(network, [feed for _, feed in items], nearest, recipe, 0, lambda part: None)
-        learned.append(rounding.round_weights(job, rounding.SETTINGS))
+        learned.append(rounding.round_weights(job))
         assert isinstance(network.conv, torch.nn.Conv2d), "the network is as it was"
     assert learned_error(learned[0], items) < 0.95 * error(nearest, items, bits)
     for name, state in learned[0].items():
         assert np.abs(state.codes).max() <= 7
         np.testing.assert_array_equal(state.codes, learned[1][name].codes)
+
+
+def test_gptq_with_uncorrelated_inputs_is_rounding_to_nearest():
+    weight, step = torch.randn(3, 10, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
+    codes = gptq(weight, [torch.eye(6, dtype=torch.float64) * 5, torch.eye(4, dtype=torch.float64)], step, 7)
+    torch.testing.assert_close(codes, torch.clamp(torch.round(weight / step[:, None]), -7, 7))
+
+
+def test_gptq_in_batches_of_columns_is_gptq_column_by_column():
+    """Its definition, the loop over columns with the inverse of what is left of H (2210.17323, equations 2 and 3)."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 300, dtype=torch.float64) @ torch.randn(300, 300, dtype=torch.float64).mul(0.05).matrix_exp()
+    h, weight, step = x.T @ x, torch.randn(5, 300, dtype=torch.float64), torch.full((5,), 0.4, dtype=torch.float64)
+    expected, left = torch.empty_like(weight), weight.clone()
+    inverse = torch.linalg.inv(h + torch.eye(300, dtype=torch.float64) * 0.01 * h.diagonal().mean())
+    for i in range(300):
+        expected[:, i] = torch.clamp(torch.round(left[:, i] / step), -7, 7)
+        error = (left[:, i] - expected[:, i] * step) / inverse[0, 0]
+        left[:, i:] -= torch.outer(error, inverse[0])
+        inverse = inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
+    torch.testing.assert_close(gptq(weight, [h], step, 7), expected)
 
 
 def learned_error(states, items):
@@ -164,6 +186,7 @@ def learned_error(states, items):
         with simulated(network, states, dict.fromkeys(states, (4, 16)), lambda bits: Coded) as layers:
             for name, layer in layers.items():
                 layer.codes_given = torch.from_numpy(states[name].codes).float()
-                layer.bias.copy_(torch.from_numpy(states[name].bias))
+                if states[name].bias is not None:
+                    layer.bias.copy_(torch.from_numpy(states[name].bias))
             found = torch.cat([network(**feed) for feed in feeds])
     return float((found - expected).square().sum() / expected.square().sum())
