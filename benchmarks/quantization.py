@@ -8,8 +8,9 @@ one scale for a tensor. The methods are added one after the other:
 * channels: a range for each output channel (passes/insert_qdq.py)
 * balance: factors for input channels, chosen by expected error
 * mse: ranges and weight scales with the least squared error
-* adaround: learned rounding up or down, learned steps of activations and biases
-* straight-through: learned codes instead, and learned steps of weights too
+* gptq: rounding that makes up for what it loses
+* adaround: instead, learned rounding up or down, learned steps of activations and biases
+* straight-through: instead, learned codes, and learned steps of weights too
 
 With ``--strategies``, the calibration strategies are compared instead, with everything of the above but learning.
 Rows that are in the results already are not measured again; ``--fresh`` begins anew.
@@ -44,7 +45,7 @@ from edgediffusion.runtimes import Pipeline
 
 PICTURES, BATCH, STEPS, GUIDANCE, SAMPLES = 256, 16, 20, 3.0, 256
 FORMATS = {"W8A8": ("int8", "int8"), "W4A8": ("int4", "int8"), "W4A4": ("int4", "int4")}
-METHODS = ("naive", "+ ends", "+ channels", "+ balance", "+ mse", "+ adaround", "+ straight-through")
+METHODS = ("naive", "+ ends", "+ channels", "+ balance", "+ mse", "+ gptq", "+ adaround", "+ straight-through")
 HEAD = ("model", "format", "method", "PSNR median", "p10", "worst", "SSIM", "Fréchet", "of float", "agreement", "of float", "seconds")
 
 
@@ -59,8 +60,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=REFERENCE.parent, prefix=".quantization-") as folder:  # links do not cross file systems
         for row in _rows(_Bench(arguments.model, Path(folder)), arguments.strategies, known):
             known[row["format"], row["method"]] = row
-            save(name, {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE, "samples": SAMPLES, "rows": [*known.values()]})
-    print(text.markdown_table(HEAD, [shown(row) for row in known.values()]))
+            rows = _ordered(known, arguments.strategies)
+            save(name, {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE, "samples": SAMPLES, "rows": rows})
+    print(text.markdown_table(HEAD, [shown(row) for row in _ordered(known, arguments.strategies)]))
 
 
 def shown(row: dict[str, Any]) -> list[str]:
@@ -78,6 +80,11 @@ def _known(name: str) -> dict[tuple[str, str], dict[str, Any]]:
     file = RESULTS / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     return {(row["format"], row["method"]): row for row in rows}
+
+
+def _ordered(known: dict[tuple[str, str], dict[str, Any]], strategies: bool) -> list[dict[str, Any]]:
+    cases = [case[:2] for case in (_strategies() if strategies else _methods())]
+    return [known[case] for case in cases if case in known]
 
 
 class _Bench:

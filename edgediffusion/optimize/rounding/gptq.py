@@ -150,6 +150,7 @@ def _patches(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the weight's columns are multiplied with, [columns, places]."""
     if not isinstance(layer, torch.nn.Conv2d):
         return x.reshape(-1, x.shape[-1]).T
-    assert layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    assert layer.padding_mode == "zeros"
+    assert not isinstance(layer.padding, str)
     taken = F.unfold(x.float(), layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride)
     return taken.transpose(0, 1).flatten(1)
