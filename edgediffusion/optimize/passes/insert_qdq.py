@@ -3,11 +3,9 @@
     x ─ Conv(w) ─ y          becomes    x ─ Q ─ DQ ─ Conv(w8 ─ DQ) ─ Q ─ DQ ─ y
     x ─ MatMul(w) ─ y        becomes    x ─ Q ─ DQ ─ MatMul(w8 ─ DQ) ─ y
 
-A layer is a Conv, MatMul or Gemm whose weight is an initializer, seen through (1) a Cast, because a float32 graph may
-keep its weights in float16, and (2) a Transpose, because torch stores a linear layer as [out, in]. Weights are symmetric
-with one scale for each output channel; activations have one scale for a tensor, with a zero point if the placement asks
-for unsigned ones. Every Q and DQ has a scale and a zero point of its own: ONNX Runtime's graph rewriting does not expect
-to share them.
+Layers are those that graph_layers.py finds. Weights are symmetric with one scale for each output channel; activations have
+one scale for a tensor, with a zero point if the placement asks for unsigned ones. Every Q and DQ has a scale and a zero
+point of its own: ONNX Runtime's graph rewriting does not expect to share them.
 
 Channels cost nothing where the placement allows ``channel_scales``. Convolutions and matrix products sum over input
 channels, so an integer kernel needs one scale s for all of them; but QuantizeLinear and DequantizeLinear stand apart:
@@ -27,11 +25,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from edgediffusion.optimize.graph_layers import Layer, find_layers
 from edgediffusion.optimize.integers import Affine, affine, channel_affine, weight_codes, weight_scale
 from edgediffusion.optimize.recipe import BITS, Placement, Recipe
 from edgediffusion.optimize.state import LayerState
-
-LAYER_OPS = ("Conv", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
@@ -42,20 +39,11 @@ class Report:
     declined: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class _Layer:
-    name: str
-    node: ir.Node
-    weight: ir.Value
-    transposed: bool
-    dtype: ir.DataType  # that the node computes in
-
-
 def insert_qdq(model: ir.Model, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> Report:
-    """Quantize ``model`` in place. ``states`` is keyed by layer: the name of its weight without ``.weight``."""
+    """Quantize ``model`` in place. ``states`` is keyed by layer (see ``graph_layers``)."""
     quantized, declined = [], {}
     writer = _Writer(model.graph, placement)
-    for layer in _layers(model.graph):
+    for layer in find_layers(model.graph):
         reason = _declines(layer, states, recipe, placement)
         if reason:
             declined[layer.name] = reason
@@ -66,27 +54,7 @@ def insert_qdq(model: ir.Model, states: Mapping[str, LayerState], recipe: Recipe
     return Report(tuple(quantized), declined)
 
 
-def _layers(graph: ir.Graph) -> list[_Layer]:
-    found = []
-    for node in graph:
-        if node.op_type not in LAYER_OPS or node.domain not in ("", "ai.onnx"):
-            continue
-        value, transposed, dtype = node.inputs[1], False, None
-        while value is not None and not value.is_initializer():
-            producer = value.producer()
-            if producer is None or producer.op_type not in ("Cast", "Transpose"):
-                break
-            transposed ^= producer.op_type == "Transpose"
-            if producer.op_type == "Cast" and dtype is None:
-                dtype = ir.DataType(producer.attributes["to"].as_int())
-            value = producer.inputs[0]
-        if value is not None and value.is_initializer() and value.name is not None and value.name.endswith(".weight"):
-            own = value.const_value.dtype if value.const_value is not None else ir.DataType.FLOAT
-            found.append(_Layer(value.name.removesuffix(".weight"), node, value, transposed, dtype or own))
-    return found
-
-
-def _declines(layer: _Layer, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> str | None:
+def _declines(layer: Layer, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> str | None:
     if layer.node.op_type not in placement.inputs:
         return f"the placement '{placement.name}' does not quantize {layer.node.op_type}"
     if expression := recipe.excludes(layer.name):
@@ -107,7 +75,7 @@ class _Writer:
         self.weights: dict[tuple[str, bool], ir.Value] = {}
         self.names: dict[str, int] = {}
 
-    def quantize(self, layer: _Layer, state: LayerState, weights: str, activations: str) -> None:
+    def quantize(self, layer: Layer, state: LayerState, weights: str, activations: str) -> None:
         node = layer.node
         node.replace_input_with(0, self._input(layer, state, activations))
         steps = None
@@ -118,7 +86,7 @@ class _Writer:
             self._set_bias(layer, state.bias)
         node.replace_input_with(1, self._weight(layer, state, BITS[weights], steps))
 
-    def _input(self, layer: _Layer, state: LayerState, kind: str) -> ir.Value:
+    def _input(self, layer: Layer, state: LayerState, kind: str) -> ir.Value:
         """The layer's input divided by the factors, quantized and read back."""
         source = layer.node.inputs[0]
         assert source is not None
@@ -134,13 +102,13 @@ class _Writer:
             self.activations[key] = value
         return self.activations[key]
 
-    def _divided(self, value: ir.Value, factors: np.ndarray, layer: _Layer, axis: int) -> ir.Value:
+    def _divided(self, value: ir.Value, factors: np.ndarray, layer: Layer, axis: int) -> ir.Value:
         shape = (-1, 1, 1) if axis == 1 else (-1,)
         inverse = (1 / factors.astype(np.float64)).reshape(shape).astype(layer.dtype.numpy())
         product = ir.node("Mul", [value, self._constant(f"{value.name}.balance", inverse)])
         return self._made(product, f"{value.name}.balanced", value, layer.dtype, before=layer.node)
 
-    def _pair(self, value: ir.Value, layer: _Layer, quantizer: Affine, kind: str, factors: np.ndarray, axis: int) -> ir.Value:
+    def _pair(self, value: ir.Value, layer: Layer, quantizer: Affine, kind: str, factors: np.ndarray, axis: int) -> ir.Value:
         """Q with the scales s f, DQ with the scale s."""
         zero = np.full(np.shape(factors), quantizer.zero)
         code = ir.DataType[("" if self._signed else "U") + kind.upper()]
@@ -150,7 +118,7 @@ class _Writer:
         dq = self._node("DequantizeLinear", q.outputs[0], (scale, np.array(quantizer.zero)), code, layer, axis)
         return self._made(dq, f"{value.name}.dequantized", value, layer.dtype, before=layer.node)
 
-    def _output(self, layer: _Layer, state: LayerState) -> np.ndarray | None:
+    def _output(self, layer: Layer, state: LayerState) -> np.ndarray | None:
         """Quantize what the layer gives. With scales by channel, returns the steps [out] that its weight is divided by."""
         node, output = layer.node, layer.node.outputs[0]
         uses = list(output.uses())
@@ -172,13 +140,13 @@ class _Writer:
             use.node.replace_input_with(use.idx, read)
         return steps
 
-    def _bias(self, layer: _Layer) -> np.ndarray:
+    def _bias(self, layer: Layer) -> np.ndarray:
         """float64 [out]."""
         inputs = layer.node.inputs
         bias = inputs[2] if len(inputs) > 2 else None
         return np.zeros(1) if bias is None else _constant_of(bias).astype(np.float64)
 
-    def _set_bias(self, layer: _Layer, values: np.ndarray) -> None:
+    def _set_bias(self, layer: Layer, values: np.ndarray) -> None:
         """A learned or scaled bias; a matrix product has its own in the Add behind it, or none."""
         node, bias = layer.node, self._constant(f"{layer.name}.bias.learned", values.astype(layer.dtype.numpy()))
         if node.op_type == "MatMul":
@@ -188,7 +156,7 @@ class _Writer:
             node.resize_inputs(3)
         node.replace_input_with(2, bias)
 
-    def _add_bias(self, layer: _Layer, bias: ir.Value) -> None:
+    def _add_bias(self, layer: Layer, bias: ir.Value) -> None:
         output = layer.node.outputs[0]
         uses = list(output.uses())
         if len(uses) == 1 and uses[0].node.op_type == "Add":
@@ -201,15 +169,14 @@ class _Writer:
         for use in uses:
             use.node.replace_input_with(use.idx, total)
 
-    def _weight(self, layer: _Layer, state: LayerState, bits: int, steps: np.ndarray | None) -> ir.Value:
+    def _weight(self, layer: Layer, state: LayerState, bits: int, steps: np.ndarray | None) -> ir.Value:
         key = (layer.name, layer.transposed)
         if key in self.weights:
             return self.weights[key]
-        assert layer.weight.const_value is not None
         scale = weight_scale(state.weight_amax, bits)
         codes = state.codes
         if codes is None:
-            weight = layer.weight.const_value.numpy().astype(np.float32)
+            weight = layer.read_weight()
             axis = 1 if weight.ndim > 1 and weight.shape[1] == len(state.factors) else None
             if axis is not None:
                 weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
@@ -234,7 +201,7 @@ class _Writer:
         value: ir.Value,
         parameters: tuple[np.ndarray, np.ndarray],
         code: ir.DataType,
-        layer: _Layer,
+        layer: Layer,
         axis: int,
         *,
         name: str = "",
@@ -296,7 +263,7 @@ def _constant_of(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _output_axis(layer: _Layer) -> int:
+def _output_axis(layer: Layer) -> int:
     """The axis of the output channels in the weight as the node reads it."""
     if layer.node.op_type == "Conv":
         return 0
