@@ -153,7 +153,8 @@ def test_learned_rounding_is_better_than_nearest_and_the_same_every_time(items, 
 
 def test_gptq_with_uncorrelated_inputs_is_rounding_to_nearest():
     weight, step = torch.randn(3, 10, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
-    codes = gptq(weight, [torch.eye(6, dtype=torch.float64) * 5, torch.eye(4, dtype=torch.float64)], step, 7)
+    codes, bias = gptq(weight.clone(), [torch.eye(6, dtype=torch.float64) * 5, torch.eye(4, dtype=torch.float64)], step, 7)
+    assert bias is None
     torch.testing.assert_close(codes, torch.clamp(torch.round(weight / step[:, None]), -7, 7))
 
 
@@ -169,7 +170,18 @@ def test_gptq_in_batches_of_columns_is_gptq_column_by_column():
         error = (left[:, i] - expected[:, i] * step) / inverse[0, 0]
         left[:, i:] -= torch.outer(error, inverse[0])
         inverse = inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
-    torch.testing.assert_close(gptq(weight, [h], step, 7), expected)
+    torch.testing.assert_close(gptq(weight, [h], step, 7)[0], expected)
+
+
+def test_gptq_leaves_no_mean_error_to_a_bias():
+    """Of an input far from zero, rounding shifts the output; the bias takes the shift back."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.rand(200, 20, dtype=torch.float64) + 3, torch.ones(200, 1, dtype=torch.float64)], 1)
+    weight, bias, step = torch.randn(4, 20, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), torch.full((4,), 0.4).double()
+    codes, moved = gptq(weight, [x.T @ x], step, 7, bias)
+    lost = (x[:, :20] @ weight.T) - (x[:, :20] @ (codes * step[:, None]).T + moved)
+    shift = (x[:, :20] @ (weight - torch.clamp(torch.round(weight / step[:, None]), -7, 7) * step[:, None]).T).mean(0)
+    assert lost.mean(0).abs().max() < 0.05 * shift.abs().max()
 
 
 def learned_error(states, items):

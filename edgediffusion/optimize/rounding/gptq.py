@@ -2,7 +2,8 @@
 
 Columns of the weight are rounded one after the other; what a column loses is taken from those that are still to come, by the
 inverse of H = X X^T, the second moments of the layer's input (equations 2 and 3; the Cholesky form of its algorithm 1). A
-convolution is the matrix product over its patches. Inputs are those of the float network, balanced.
+convolution is the matrix product over its patches. Inputs are those of the float network, balanced. The bias, ours, is one
+column more, the last, of an input that is always 1: it is not rounded, and takes what is left.
 """
 
 from __future__ import annotations
@@ -34,38 +35,46 @@ def round_weights(job: Job) -> dict[str, LayerState]:
         moments = _moments(job, {name: chosen[name] for name in group}, items)
         for name in group:
             bits = job.bits(name)[0]
-            state, weight = job.layers[name], _matrix(chosen[name]) * _columns(chosen[name], job.layers[name].factors)
+            layer, state = chosen[name], job.layers[name]
             step = torch.from_numpy(weight_scale(state.weight_amax, bits)).double()
-            codes = gptq(weight, moments.pop(name), step, 2 ** (bits - 1) - 1)
-            found[name] = replace(state, codes=_shaped(codes, chosen[name]))
+            codes, bias = gptq(_matrix(layer) * _columns(layer, state.factors), moments.pop(name), step, 2 ** (bits - 1) - 1, _bias(layer))
+            found[name] = replace(state, codes=_shaped(codes, layer), bias=None if bias is None else bias.float().numpy())
             job.progress(len(found) / len(chosen))
     return found
 
 
-def gptq(weight: torch.Tensor, moments: Sequence[torch.Tensor], step: torch.Tensor, top: int) -> torch.Tensor:
-    """Codes [out, columns] of ``weight`` [out, columns], float64, for the step [out].
+def gptq(
+    weight: torch.Tensor, moments: Sequence[torch.Tensor], step: torch.Tensor, top: int, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Codes [out, columns] of ``weight`` [out, columns], float64, for the step [out]; and the bias [out], if there is one.
 
-    ``moments`` are H of consecutive columns, [n, n] each, that add up to all of them.
+    ``moments`` are H of consecutive columns, [n, n] each, that add up to all of them, the bias' own the last.
     """
-    codes = torch.empty_like(weight)
-    at = 0
+    columns = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+    read, at = torch.empty_like(columns), 0
     for h in moments:
-        codes[:, at : at + len(h)] = _block(weight[:, at : at + len(h)].clone(), h, step, top)
-        at += len(h)
-    return codes
+        end = at + len(h)
+        read[:, at:end] = _block(columns[:, at:end].clone(), h, step, top, min(end, weight.shape[1]) - at)
+        at = end
+    return read[:, : weight.shape[1]], None if bias is None else read[:, -1]
 
 
-def _block(weight: torch.Tensor, h: torch.Tensor, step: torch.Tensor, top: int, *, lazy: int = 128) -> torch.Tensor:
-    """One H. Within ``lazy`` columns the rest is corrected at once, beyond them in one product: the authors' lazy batches."""
-    damped = h + torch.eye(len(h), dtype=h.dtype) * max(DAMPING * float(h.diagonal().mean()), 1e-12)
+def _block(weight: torch.Tensor, h: torch.Tensor, step: torch.Tensor, top: int, rounded: int, *, lazy: int = 128) -> torch.Tensor:
+    """Codes of the first ``rounded`` columns of one H, and the others' values.
+
+    Within ``lazy`` columns the rest is corrected at once, beyond them in one product: the authors' lazy batches.
+    """
+    damped = h.clone()
+    damped.diagonal()[:rounded] += max(DAMPING * float(h.diagonal()[:rounded].mean()), 1e-12)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    codes = torch.empty_like(weight)
-    for start in range(0, len(h), lazy):
-        end = min(start + lazy, len(h))
+    codes = weight  # a column is not needed any more once it is rounded
+    for start in range(0, rounded, lazy):
+        end = min(start + lazy, rounded)
         errors = torch.empty(len(weight), end - start, dtype=weight.dtype)
         for i in range(start, end):
-            codes[:, i] = torch.clamp(torch.round(weight[:, i] / step), -top, top)
-            errors[:, i - start] = (weight[:, i] - codes[:, i] * step) / upper[i, i]
+            column = torch.clamp(torch.round(weight[:, i] / step), -top, top)
+            errors[:, i - start] = (weight[:, i] - column * step) / upper[i, i]
+            codes[:, i] = column
             weight[:, i + 1 : end] -= torch.outer(errors[:, i - start], upper[i, i + 1 : end])
         weight[:, end:] -= errors @ upper[start:end, end:]
     return codes
@@ -82,6 +91,11 @@ def _matrix(layer: torch.nn.Module) -> torch.Tensor:
     return layer.weight.detach().double().flatten(1)
 
 
+def _bias(layer: torch.nn.Module) -> torch.Tensor | None:
+    assert isinstance(layer, LAYERS)
+    return None if layer.bias is None else layer.bias.detach().double()
+
+
 def _columns(layer: torch.nn.Module, by_channel: np.ndarray) -> torch.Tensor:
     """A value for each channel, repeated for its columns."""
     assert isinstance(layer, LAYERS)
@@ -94,13 +108,15 @@ def _shaped(codes: torch.Tensor, layer: torch.nn.Module) -> np.ndarray:
 
 
 def _sizes(layer: torch.nn.Module) -> list[int]:
-    """Columns of each H of a layer: all, or blocks of whole channels of at most ``LARGEST``."""
+    """Columns of each H of a layer: all, or blocks of whole channels of at most ``LARGEST``; one more for the bias."""
     assert isinstance(layer, LAYERS)
     channels = layer.weight.shape[1]
     columns = _matrix(layer).shape[1]
     per_channel = columns // channels
     blocks = -(-columns // LARGEST)
-    return [len(part) * per_channel for part in np.array_split(np.arange(channels), blocks)]
+    sizes = [len(part) * per_channel for part in np.array_split(np.arange(channels), blocks)]
+    sizes[-1] += layer.bias is not None
+    return sizes
 
 
 def _groups(layers: dict[str, torch.nn.Module]) -> Iterator[list[str]]:
@@ -127,6 +143,7 @@ def _moments(job: Job, layers: dict[str, torch.nn.Module], items: Sequence[Feeds
 
         def record(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             columns = _patches(layer, inputs[0].detach()).double() * inverse[:, None]
+            columns = columns if _bias(layer) is None else torch.cat([columns, torch.ones_like(columns[:1])])
             at = 0
             for h in found[name]:
                 part = columns[at : at + len(h)]
