@@ -54,10 +54,22 @@ def weight_scale(amax: np.ndarray, bits: int) -> np.ndarray:
 
 
 def weight_codes(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
-    """int8 codes of a weight [out, ...] with one scale for each output channel [out]."""
+    """int8 codes of a weight [out, in, ...] with scales for output channels [out], or for groups of their inputs [out, groups]."""
     top = 2 ** (bits - 1) - 1
-    steps = weight.astype(np.float32) / scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return np.asarray(np.clip(np.rint(steps), -top, top)).astype(np.int8)
+    return np.asarray(np.clip(np.rint(weight.astype(np.float32) / spread(scale, weight.shape)), -top, top)).astype(np.int8)
+
+
+def spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Scales [out] or [out, groups] as they are broadcast to a weight [out, in, ...]."""
+    return scale.reshape(-1, *[1] * (len(shape) - 1)) if scale.ndim == 1 else np.repeat(scale, shape[1] // scale.shape[1], 1)
+
+
+E4M3_MAX = 448.0
+
+
+def e4m3_scale(amax: np.ndarray | float) -> np.ndarray:
+    """float32 scale of fp8 (E4M3): amax / 448."""
+    return np.asarray(np.maximum(np.float32(amax), np.float32(SMALLEST)) / np.float32(E4M3_MAX))
 
 
 def best_weight_amax(weight: np.ndarray, importance: np.ndarray, bits: int, *, candidates: int = 40) -> np.ndarray:

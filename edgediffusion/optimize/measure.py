@@ -91,10 +91,13 @@ def _balance(found: Mapping[str, Observed], recipe: _Named) -> dict[str, LayerSt
 def _layer(layer: Observed, factors: np.ndarray, recipe: _Named, name: str) -> LayerState:
     weight = balanced_weight(layer.weight, factors, layer.groups)
     bits = recipe.bits(name)[0]
-    amax = np.abs(weight.reshape(len(weight), -1)).max(1)
+    groups = recipe.recipe.groups(weight.shape)
+    rows = weight.reshape(len(weight) * groups, -1)
+    amax = np.abs(rows).max(1)
     if recipe.recipe.ranges == "mse" and bits <= LOW_BITS and layer.groups == 1:
         importance = (layer.input.mean_square / factors.astype(np.float64) ** 2).reshape(1, -1, *[1] * (weight.ndim - 2))
-        amax = best_weight_amax(weight, importance, bits)
+        amax = best_weight_amax(rows, np.broadcast_to(importance, weight.shape).reshape(rows.shape), bits)
+    amax = amax.reshape(-1, groups) if groups > 1 else amax
     seen, given = layer.input, layer.output
     bounds = (seen.low.numpy(), seen.high.numpy(), given.low.numpy(), given.high.numpy())
     return LayerState(factors, *bounds, amax.astype(np.float32), output_clip=OUTPUT_MARGIN)

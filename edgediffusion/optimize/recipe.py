@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,9 @@ else:
     import tomli as tomllib
 
 _HERE = Path(__file__).parent
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "fp8": 8}
 RANGES = ("max", "mse", "modelopt-max", "modelopt-mse")
+GROUPS = (0, 16, 32, 64, 128, 256)  # block sizes that engines' kernels for 4-bit weights have
 _FORMATS = (*BITS, "float")
 
 
@@ -34,7 +35,8 @@ class Recipe:
     ``exclude`` and ``eight`` are regular expressions for module paths: layers that stay float, and layers that get int8
     weights and activations whatever the others get. ``balance`` and ``rounding`` name files of those folders; ``ranges`` is
     ``max``, the observed ones, ``mse``, those with the least squared error, or what nvidia-modelopt's algorithms find.
-    ``activations = "float"`` quantizes weights only.
+    ``activations = "float"`` quantizes weights only; then ``group`` may give linear layers' weights a scale for every so many
+    input channels (0: one for all). ``fp8`` is E4M3.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Recipe:
     balance: str = "search"
     ranges: str = "max"
     rounding: str = "nearest"
+    group: int = 0
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
     preset: str = ""
@@ -62,6 +65,10 @@ class Recipe:
         weights, activations = (BITS.get(f, 16) for f in self.formats(layer))
         return weights, activations
 
+    def groups(self, shape: Sequence[int]) -> int:
+        """How many scales an output channel has in a weight of this shape: one, but for linear layers of whole groups."""
+        return shape[1] // self.group if self.group and len(shape) == 2 and shape[1] % self.group == 0 else 1
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -73,7 +80,8 @@ class Placement:
     ``activations`` is the format of 8-bit activations, ``uint8`` with a zero point or ``int8`` without; ``inputs`` and
     ``outputs`` are the operators with Q/DQ there. With ``channel_scales`` quantizers of activations may have a scale for each
     channel on the one side of a pair and another scale on the other; without, balancing costs a multiplication. ``int4`` is
-    what codes of 4-bit weights are stored as: ``int4``, or ``int8`` where the engine has no faster kernel for the former.
+    what codes of 4-bit weights are stored as where activations are integers too: ``int4``, or ``int8`` where the engine's kernels
+    take no other. ``formats`` are those of weights and activations that the engine has kernels for.
     """
 
     name: str
@@ -82,13 +90,15 @@ class Placement:
     outputs: tuple[str, ...] = ()
     channel_scales: bool = False
     int4: str = "int4"
+    formats: tuple[str, ...] = ("int8", "int4")
 
 
 def load_recipe(name: str | Recipe) -> Recipe:
     """A recipe by name, or by the path of a TOML file (UnknownName, ArgumentError)."""
     if isinstance(name, Recipe):
         return name
-    recipe = _check(_load(Recipe, "recipes", name), weights=tuple(BITS), activations=_FORMATS, ranges=RANGES)
+    recipe = _check(_load(Recipe, "recipes", name), weights=tuple(BITS), activations=_FORMATS, ranges=RANGES, group=GROUPS)
+    _check_together(recipe)
     if recipe.preset:
         recipe = with_preset(recipe, recipe.preset)
     for folder in ("balance", "rounding"):
@@ -101,6 +111,26 @@ def load_recipe(name: str | Recipe) -> Recipe:
         except re.error as error:
             raise ArgumentError(f"'{name}' has an expression that is not valid: {error}", got=repr(expression)) from None
     return recipe
+
+
+def _check_together(recipe: Recipe) -> None:
+    if recipe.group and recipe.activations != "float":
+        raise ArgumentError(
+            f"'{recipe.name}' asks for scales by group of input channels beside quantized activations: integer kernels sum over them",
+            got=f"group = {recipe.group}, activations = {recipe.activations!r}",
+            do='Leave out group, or set activations = "float".',
+        )
+    if "fp8" in (recipe.weights, recipe.activations):
+        differing = {f: v for f, v in (("ranges", recipe.ranges), ("rounding", recipe.rounding)) if v != getattr(_PLAIN, f)}
+        if differing:
+            raise ArgumentError(
+                f"'{recipe.name}' asks for fp8 with methods that are for integers",
+                got=", ".join(f"{f} = {v!r}" for f, v in differing.items()),
+                allowed=f"ranges = {_PLAIN.ranges!r}, rounding = {_PLAIN.rounding!r}",
+            )
+
+
+_PLAIN = Recipe("", "fp8", "fp8")
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
@@ -151,10 +181,12 @@ def _load(kind: type[_Record], folder: str, name: str) -> _Record:
 _Checked = TypeVar("_Checked", Recipe, Placement)
 
 
-def _check(record: _Checked, **allowed: tuple[str, ...]) -> _Checked:
+def _check(record: _Checked, **allowed: tuple[object, ...]) -> _Checked:
     for field, values in allowed.items():
         if getattr(record, field) not in values:
             raise ArgumentError(
-                f"'{record.name}' asks for {field} that this version cannot write", got=getattr(record, field), allowed=", ".join(values)
+                f"'{record.name}' asks for {field} that this version cannot write",
+                got=getattr(record, field),
+                allowed=", ".join(map(str, values)),
             )
     return record

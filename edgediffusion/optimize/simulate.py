@@ -38,7 +38,7 @@ class SimulatedLayer(torch.nn.Module):
         weight = layer.weight.detach().float()
         grouped = isinstance(layer, torch.nn.Conv2d) and layer.groups > 1
         self.weight = weight if grouped else weight * factors.view(1, -1, *[1] * (weight.ndim - 2))
-        self.weight_step = torch.from_numpy(weight_scale(state.weight_amax, weight_bits)).view(-1, *[1] * (weight.ndim - 1))
+        self.weight_step = self._spread(torch.from_numpy(weight_scale(state.weight_amax, weight_bits)))
         self.top = 2 ** (weight_bits - 1) - 1
         if self.activation_bits < 16:
             self.quantizer = affine(*state.input_range(), self.activation_bits, signed=False)
@@ -48,6 +48,12 @@ class SimulatedLayer(torch.nn.Module):
     def read_weight(self) -> torch.Tensor:
         """The weight as it is read from its codes, with gradients; shaped like the layer's."""
         raise NotImplementedError
+
+    def _spread(self, steps: torch.Tensor) -> torch.Tensor:
+        """Steps of output channels [out], or of groups of their inputs [out, groups], as they are broadcast to the weight."""
+        if steps.ndim == 1:
+            return steps.view(-1, *[1] * (self.weight.ndim - 1))
+        return steps.repeat_interleave(self.weight.shape[1] // steps.shape[1], 1)
 
     def learned(self, state: LayerState) -> LayerState:
         """The state with what was learned."""
@@ -105,22 +111,22 @@ class AdaRoundLayer(SimulatedLayer):
 
 class StraightThroughLayer(SimulatedLayer):
     """Every weight at any code. ``latent`` is the weight in steps before it is rounded, ``log_weight_step`` the logarithm of
-    each output channel's step over its first value; rounding passes gradients on as they are."""
+    each scale's step over its first value; rounding passes gradients on as they are."""
 
     def __init__(self, layer: torch.nn.Module, state: LayerState, bits: tuple[int, int]):
         super().__init__(layer, state, bits)
         self.latent = torch.nn.Parameter(self.weight / self.weight_step)
-        self.log_weight_step = torch.nn.Parameter(torch.zeros_like(self.weight_step))
+        self.log_weight_step = torch.nn.Parameter(torch.zeros(state.weight_amax.shape))
 
     def read_weight(self) -> torch.Tensor:
         read: torch.Tensor = round_through(torch.clamp(self.latent, -self.top, self.top))
-        return read * (self.weight_step * torch.exp(self.log_weight_step))
+        return read * (self.weight_step * self._spread(torch.exp(self.log_weight_step)))
 
     def codes(self) -> np.ndarray:
         return np.asarray(torch.round(torch.clamp(self.latent.detach(), -self.top, self.top)).to(torch.int8).numpy())
 
     def learned(self, state: LayerState) -> LayerState:
-        wider = torch.exp(self.log_weight_step.detach()).flatten().numpy()
+        wider = torch.exp(self.log_weight_step.detach()).numpy()
         return replace(super().learned(state), weight_amax=(state.weight_amax * wider).astype(np.float32))
 
 

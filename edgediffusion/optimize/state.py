@@ -30,8 +30,9 @@ class LayerState:
 
     ``factors`` are the input's channels' balance f: the layer is quantized as (x / f) (f w). The lowest and highest
     values of the input (of x itself) and the output are given by channel, as float32 vectors; a quantizer takes them
-    times ``input_clip``, ``output_clip``. ``weight_amax`` [out] bounds f w. ``codes``, int8 and shaped like
-    the weight, are its rounding where that is not to nearest; ``bias`` [out] takes the place of the layer's where it was learned.
+    times ``input_clip``, ``output_clip``. ``weight_amax`` bounds f w: [out], or [out, groups] of its input channels. ``codes``,
+    int8 and shaped like the weight, are its rounding where that is not to nearest; ``bias`` [out] takes the place of the layer's
+    where it was learned.
     """
 
     factors: np.ndarray

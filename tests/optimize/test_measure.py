@@ -8,7 +8,7 @@ import torch
 
 from edgediffusion import registry
 from edgediffusion.errors import ArgumentError
-from edgediffusion.optimize.integers import weight_codes, weight_scale
+from edgediffusion.optimize.integers import spread, weight_codes, weight_scale
 from edgediffusion.optimize.measure import measure
 from edgediffusion.optimize.observe import observe
 from edgediffusion.optimize.recipe import Recipe
@@ -112,6 +112,36 @@ def test_modelopt_finds_what_was_observed_and_clips_weights(items):
     assert any((cut[name].weight_amax < whole[name].weight_amax * 0.99).any() for name in ("conv", "a", "b"))
 
 
+@pytest.mark.parametrize("method", ["nearest", "gptq", "straight-through"])
+def test_scales_by_group_of_input_channels(method):
+    """Half of the inputs have weights a hundred times smaller: with scales of their own they keep their bits."""
+
+    class Halves(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(32, 8)
+            with torch.no_grad():
+                self.linear.weight[:, 16:] *= 0.01
+
+        def forward(self, sample):
+            return self.linear(sample)
+
+    rng = np.random.default_rng(0)
+    scale = np.where(np.arange(32) < 16, 1, 100).astype(np.float32)
+    items = [(i, {"sample": rng.standard_normal((2, 7, 32), np.float32) * scale}) for i in range(12)]
+    lost = {}
+    for group in (0, 16):
+        recipe = Recipe("r", "int4", "float", balance="none", ranges="mse", rounding=method, group=group)
+        state = measure(Halves(), items, recipe)["linear"]
+        assert state.weight_amax.shape == ((8, 2) if group else (8,))
+        weight = Halves().linear.weight.detach().numpy()
+        step = weight_scale(state.weight_amax, 4)
+        codes = weight_codes(weight, step, 4) if state.codes is None else state.codes
+        lost[group] = np.mean([(sample["sample"] @ (weight - codes * spread(step, weight.shape)).T) ** 2 for _, sample in items])
+    assert lost[16] < 0.2 * lost[0]
+
+
 def test_initial_rounding_golden():
     values = initial_rounding(torch.tensor([0.25, 0.5, 0.75]))  # METHODS 2.4
     np.testing.assert_allclose(values.numpy(), [-0.887303, 0, 0.887303], atol=1e-6)
@@ -152,22 +182,22 @@ def test_learned_rounding_is_better_than_nearest_and_the_same_every_time(items, 
 
 
 def test_gptq_with_uncorrelated_inputs_is_rounding_to_nearest():
-    weight, step = torch.randn(3, 10, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
+    weight, step = torch.randn(3, 10, dtype=torch.float64), torch.full((3, 10), 0.3, dtype=torch.float64)
     codes, bias = gptq(weight.clone(), [torch.eye(6, dtype=torch.float64) * 5, torch.eye(4, dtype=torch.float64)], step, 7)
     assert bias is None
-    torch.testing.assert_close(codes, torch.clamp(torch.round(weight / step[:, None]), -7, 7))
+    torch.testing.assert_close(codes, torch.clamp(torch.round(weight / step), -7, 7))
 
 
 def test_gptq_in_batches_of_columns_is_gptq_column_by_column():
     """Its definition, the loop over columns with the inverse of what is left of H (2210.17323, equations 2 and 3)."""
     torch.manual_seed(0)
     x = torch.randn(40, 300, dtype=torch.float64) @ torch.randn(300, 300, dtype=torch.float64).mul(0.05).matrix_exp()
-    h, weight, step = x.T @ x, torch.randn(5, 300, dtype=torch.float64), torch.full((5,), 0.4, dtype=torch.float64)
+    h, weight, step = x.T @ x, torch.randn(5, 300, dtype=torch.float64), torch.full((5, 300), 0.4, dtype=torch.float64)
     expected, left = torch.empty_like(weight), weight.clone()
     inverse = torch.linalg.inv(h + torch.eye(300, dtype=torch.float64) * 0.01 * h.diagonal().mean())
     for i in range(300):
-        expected[:, i] = torch.clamp(torch.round(left[:, i] / step), -7, 7)
-        error = (left[:, i] - expected[:, i] * step) / inverse[0, 0]
+        expected[:, i] = torch.clamp(torch.round(left[:, i] / step[:, i]), -7, 7)
+        error = (left[:, i] - expected[:, i] * step[:, i]) / inverse[0, 0]
         left[:, i:] -= torch.outer(error, inverse[0])
         inverse = inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
     torch.testing.assert_close(gptq(weight, [h], step, 7)[0], expected)
@@ -177,10 +207,10 @@ def test_gptq_leaves_no_mean_error_to_a_bias():
     """Of an input far from zero, rounding shifts the output; the bias takes the shift back."""
     torch.manual_seed(0)
     x = torch.cat([torch.rand(200, 20, dtype=torch.float64) + 3, torch.ones(200, 1, dtype=torch.float64)], 1)
-    weight, bias, step = torch.randn(4, 20, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), torch.full((4,), 0.4).double()
+    weight, bias, step = torch.randn(4, 20, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), torch.full((4, 20), 0.4).double()
     codes, moved = gptq(weight, [x.T @ x], step, 7, bias)
-    lost = (x[:, :20] @ weight.T) - (x[:, :20] @ (codes * step[:, None]).T + moved)
-    shift = (x[:, :20] @ (weight - torch.clamp(torch.round(weight / step[:, None]), -7, 7) * step[:, None]).T).mean(0)
+    lost = (x[:, :20] @ weight.T) - (x[:, :20] @ (codes * step).T + moved)
+    shift = (x[:, :20] @ (weight - torch.clamp(torch.round(weight / step), -7, 7) * step).T).mean(0)
     assert lost.mean(0).abs().max() < 0.05 * shift.abs().max()
 
 

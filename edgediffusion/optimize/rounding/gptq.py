@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edgediffusion.optimize.integers import weight_scale
+from edgediffusion.optimize.integers import spread, weight_scale
 from edgediffusion.optimize.observe import LAYERS, tensors
 from edgediffusion.optimize.rounding import Feeds, Job
 from edgediffusion.optimize.state import LayerState
@@ -36,8 +36,9 @@ def round_weights(job: Job) -> dict[str, LayerState]:
         for name in group:
             bits = job.bits(name)[0]
             layer, state = chosen[name], job.layers[name]
-            step = torch.from_numpy(weight_scale(state.weight_amax, bits)).double()
-            codes, bias = gptq(_matrix(layer) * _columns(layer, state.factors), moments.pop(name), step, 2 ** (bits - 1) - 1, _bias(layer))
+            weight = _matrix(layer) * _columns(layer, state.factors)
+            step = torch.from_numpy(spread(weight_scale(state.weight_amax, bits), tuple(weight.shape))).double()
+            codes, bias = gptq(weight, moments.pop(name), step.expand(weight.shape), 2 ** (bits - 1) - 1, _bias(layer))
             found[name] = replace(state, codes=_shaped(codes, layer), bias=None if bias is None else bias.float().numpy())
             job.progress(len(found) / len(chosen))
     return found
@@ -46,7 +47,7 @@ def round_weights(job: Job) -> dict[str, LayerState]:
 def gptq(
     weight: torch.Tensor, moments: Sequence[torch.Tensor], step: torch.Tensor, top: int, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Codes [out, columns] of ``weight`` [out, columns], float64, for the step [out]; and the bias [out], if there is one.
+    """Codes [out, columns] of ``weight`` [out, columns], float64, for steps of its shape; and the bias [out], if there is one.
 
     ``moments`` are H of consecutive columns, [n, n] each, that add up to all of them, the bias' own the last.
     """
@@ -54,26 +55,26 @@ def gptq(
     read, at = torch.empty_like(columns), 0
     for h in moments:
         end = at + len(h)
-        read[:, at:end] = _block(columns[:, at:end].clone(), h, step, top, min(end, weight.shape[1]) - at)
+        read[:, at:end] = _block(columns[:, at:end].clone(), h, step[:, at:end], top)
         at = end
     return read[:, : weight.shape[1]], None if bias is None else read[:, -1]
 
 
-def _block(weight: torch.Tensor, h: torch.Tensor, step: torch.Tensor, top: int, rounded: int, *, lazy: int = 128) -> torch.Tensor:
-    """Codes of the first ``rounded`` columns of one H, and the others' values.
+def _block(weight: torch.Tensor, h: torch.Tensor, step: torch.Tensor, top: int, *, lazy: int = 128) -> torch.Tensor:
+    """Codes of the columns of one H that have steps, and the values of the one after them.
 
     Within ``lazy`` columns the rest is corrected at once, beyond them in one product: the authors' lazy batches.
     """
+    codes, rounded = weight, step.shape[1]  # a column is not needed any more once it is rounded
     damped = h.clone()
     damped.diagonal()[:rounded] += max(DAMPING * float(h.diagonal()[:rounded].mean()), 1e-12)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    codes = weight  # a column is not needed any more once it is rounded
     for start in range(0, rounded, lazy):
         end = min(start + lazy, rounded)
         errors = torch.empty(len(weight), end - start, dtype=weight.dtype)
         for i in range(start, end):
-            column = torch.clamp(torch.round(weight[:, i] / step), -top, top)
-            errors[:, i - start] = (weight[:, i] - column * step) / upper[i, i]
+            column = torch.clamp(torch.round(weight[:, i] / step[:, i]), -top, top)
+            errors[:, i - start] = (weight[:, i] - column * step[:, i]) / upper[i, i]
             codes[:, i] = column
             weight[:, i + 1 : end] -= torch.outer(errors[:, i - start], upper[i, i + 1 : end])
         weight[:, end:] -= errors @ upper[start:end, end:]
