@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -22,6 +24,8 @@ from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, OutputError, UnknownName
 from edgediffusion.export import export
 from edgediffusion.optimize import QuantizationState, calibrate, quantize
+from edgediffusion.optimize.quantize import load_graph
+from edgediffusion.optimize.recipe import load_placement, load_recipe
 from edgediffusion.profiles import profile
 from edgediffusion.profiles.quality import psnr_db
 from edgediffusion.runtimes import Pipeline
@@ -185,6 +189,21 @@ def test_a_state_of_other_weights_is_refused(tmp_path: Path, state: Quantization
 def test_a_source_of_another_bundle_is_refused(tmp_path: Path, exported: Bundle) -> None:
     with pytest.raises(ArgumentError, match="not what the bundle"):
         calibrate(exported, source=REFERENCE / "fashion-lcm", output=tmp_path / "s.json", prompts=PROMPTS)
+
+
+def test_number_formats_that_the_engine_lacks_are_refused_and_others_get_them(
+    tmp_path: Path, exported: Bundle, state: QuantizationState
+) -> None:
+    floats = replace(state, recipe=load_recipe("fp8").to_json())
+    with pytest.raises(ArgumentError, match=r"no kernels .* Got: fp8\. Allowed: int8, int4"):
+        quantize(exported, floats, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    placement = replace(load_placement("onnxruntime-cpu"), name="ada", formats=("fp8",))
+    bundle = quantize(exported, floats, tmp_path / "fp8", placement=placement)
+    graph = load_graph(bundle.path / bundle.component("unet").model).graph
+    codes = [i.const_value for n, i in graph.initializers.items() if n.endswith((".codes", ".codes.transposed"))]
+    assert {tensor.dtype for tensor in codes} == {ir.DataType.FLOAT8E4M3FN}
+    assert all(np.isfinite(tensor.numpy().astype(np.float32)).all() for tensor in codes)
 
 
 def test_a_quantized_bundle_is_not_quantized_again(tmp_path: Path, quantized: Bundle, state: QuantizationState) -> None:

@@ -22,6 +22,7 @@ CODES = {
     ir.DataType.INT32: "I32",
     ir.DataType.INT16: "I16",
     ir.DataType.INT8: "I8",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
     ir.DataType.UINT8: "U8",
     ir.DataType.BOOL: "BOOL",
 }

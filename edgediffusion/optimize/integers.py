@@ -20,8 +20,8 @@ class Affine:
 
     scale: float
     zero: int
-    lowest: int
-    highest: int
+    lowest: float
+    highest: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """What is read back of ``x``."""

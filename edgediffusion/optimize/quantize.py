@@ -44,12 +44,14 @@ def quantize(
     layers stayed float, and why, is in the new bundle's history.
 
     Raises:
-        UnknownName: no such recipe or target. ArgumentError: the state belongs to other weights, or does not serve the recipe.
+        UnknownName: no such recipe or target. ArgumentError: the state belongs to other weights, does not serve the recipe, or the
+        engine lacks the recipe's number formats.
         OutputError: ``output`` exists or cannot be written.
     """
     device = targets.load(target)
     known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
     job = _Job(known, _recipe(known, recipe), placement or load_placement(device.placement))
+    _check_formats(job)
     chosen = bundle.with_role("denoise")
     for component in chosen:
         _check_weights(bundle, component, job.state)
@@ -91,6 +93,19 @@ def _recipe(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
             do=f"Calibrate for it: edgediffusion calibrate BUNDLE --source SOURCE --recipe {recipe.name} -o STATE",
         )
     return recipe
+
+
+def _check_formats(job: _Job) -> None:
+    """Refuse number formats that the engine has no kernels for: such a graph fails when it is loaded, or is slower than float."""
+    recipe, allowed = job.recipe, job.placement.formats
+    lacking = sorted({recipe.weights, recipe.activations} - {"float", *allowed})
+    if lacking:
+        raise ArgumentError(
+            f"The engine of the placement '{job.placement.name}' has no kernels for what the recipe '{recipe.name}' asks for",
+            got=", ".join(lacking),
+            allowed=", ".join(allowed),
+            do="Choose another recipe, or a target whose engine has them: edgediffusion targets",
+        )
 
 
 def _is_replaced(name: str, folders: set[str]) -> bool:
@@ -160,7 +175,8 @@ def store_weights(model: Any, folder: Path) -> None:
     chosen = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        large = tensor is not None and tensor.dtype in (ir.DataType.INT8, ir.DataType.INT4) and tensor.nbytes > _SMALL_BYTES
+        codes = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN)
+        large = tensor is not None and tensor.dtype in codes and tensor.nbytes > _SMALL_BYTES
         if large or isinstance(tensor, ir.ExternalTensor):
             chosen[name] = tensor
     planned = {n: _planned(t) for n, t in chosen.items()}

@@ -1,5 +1,7 @@
 """The Q/DQ pass on tiny graphs: which nodes it writes, what it declines, and that numbers follow the formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx.reference
@@ -218,3 +220,41 @@ def test_a_layer_whose_input_never_changed_stays_float(proto, states):
     states["conv"].input_low[:] = states["conv"].input_high[:] = 0.0
     report = insert_qdq(ir.from_proto(proto), states, RECIPE, CPU)
     assert "never changed" in report.declined["conv"]
+
+
+def test_a_scale_for_each_group_of_inputs(weights):
+    """A matrix product with 4-bit weights in groups of 16 is one kernel of ONNX Runtime; convolutions keep one scale a channel."""
+    rng = np.random.default_rng(3)
+    weight = (rng.standard_normal((8, 32)) * np.repeat([1, 0.01], 16)).astype(np.float32)
+    x = rng.standard_normal((2, 5, 32)).astype(np.float32)
+    proto = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 21]>
+        network (float[n, 5, 32] x) => (float[n, 5, 8] y) { turned = Transpose <perm = [1, 0]> (w) y = MatMul (x, turned) }
+        """)
+    proto.graph.node[0].input[0] = "linear.weight"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "linear.weight"))
+    state = _layer(weight, x, x @ weight.T, channel=2)
+    state = replace(state, weight_amax=np.abs(weight).reshape(8, 2, 16).max(2))
+    model = ir.from_proto(proto)
+    assert insert_qdq(model, {"linear": state}, Recipe("r", "int4", "float", group=16), CPU).quantized == ("linear",)
+    quantized = ir.to_proto(model)
+    onnx.checker.check_model(quantized, full_check=True)
+    codes = model.graph.initializers["linear.weight.codes.transposed"].const_value
+    assert codes.dtype == ir.DataType.INT4, "4 bits in the file, whatever 8-bit kernels want"
+    step = np.repeat(np.abs(weight).reshape(8, 2, 16).max(2) / 7, 16, 1)
+    expected = x @ (np.rint(weight / step) * step).T
+    np.testing.assert_allclose(onnx.reference.ReferenceEvaluator(quantized).run(None, {"x": x})[0], expected, rtol=1e-4, atol=1e-4)
+    # ONNX Runtime's one kernel for it (MatMulNBits) rounds activations to 8 bits by itself.
+    assert np.linalg.norm(_run(quantized, x) - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_fp8(proto, states, x):
+    """E4M3 has 3 bits of mantissa: each of the tensors is wrong by at most 1/16 of a value, a good 2 % of its norm."""
+    model = ir.from_proto(proto)
+    insert_qdq(model, states, Recipe("fp8", "fp8", "fp8"), SYMMETRIC)
+    quantized = ir.to_proto(model)
+    onnx.checker.check_model(quantized, full_check=True)
+    assert {init.data_type for init in quantized.graph.initializer if ".codes" in init.name} == {onnx.TensorProto.FLOAT8E4M3FN}
+    expected = _run(proto, x)
+    found = onnx.reference.ReferenceEvaluator(quantized).run(None, {"x": x})[0]  # ONNX Runtime's CPU engine has no fp8 products
+    assert 0.001 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.06

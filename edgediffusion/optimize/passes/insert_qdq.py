@@ -26,9 +26,11 @@ import numpy as np
 import onnx_ir as ir
 
 from edgediffusion.optimize.graph_layers import Layer, find_layers
-from edgediffusion.optimize.integers import Affine, affine, channel_affine, weight_codes, weight_scale
+from edgediffusion.optimize.integers import E4M3_MAX, Affine, affine, channel_affine, e4m3_scale, spread, weight_codes, weight_scale
 from edgediffusion.optimize.recipe import BITS, Placement, Recipe
 from edgediffusion.optimize.state import LayerState
+
+_FLOAT8 = ir.DataType.FLOAT8E4M3FN
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class _Writer:
             steps = self._output(layer, state)
         elif state.bias is not None:
             self._set_bias(layer, state.bias)
-        node.replace_input_with(1, self._weight(layer, state, BITS[weights], steps))
+        node.replace_input_with(1, self._weight(layer, state, weights, self._weight_kind(weights, activations), steps))
 
     def _input(self, layer: Layer, state: LayerState, kind: str) -> ir.Value:
         """The layer's input divided by the factors, quantized and read back."""
@@ -98,7 +100,7 @@ class _Writer:
             value = self._divided(source, state.factors, layer, axis) if balanced and not by_scale else source
             if kind != "float":
                 factors = state.factors if by_scale else np.ones((), np.float32)
-                value = self._pair(value, layer, affine(*state.input_range(), BITS[kind], signed=self._signed), kind, factors, axis)
+                value = self._pair(value, layer, self._quantizer(state.input_range(), kind), kind, factors, axis)
             self.activations[key] = value
         return self.activations[key]
 
@@ -108,10 +110,15 @@ class _Writer:
         product = ir.node("Mul", [value, self._constant(f"{value.name}.balance", inverse)])
         return self._made(product, f"{value.name}.balanced", value, layer.dtype, before=layer.node)
 
+    def _quantizer(self, bounds: tuple[float, float], kind: str) -> Affine:
+        if kind == "fp8":
+            return Affine(float(e4m3_scale(max(abs(bound) for bound in bounds))), 0, -E4M3_MAX, E4M3_MAX)
+        return affine(*bounds, BITS[kind], signed=self._signed)
+
     def _pair(self, value: ir.Value, layer: Layer, quantizer: Affine, kind: str, factors: np.ndarray, axis: int) -> ir.Value:
         """Q with the scales s f, DQ with the scale s."""
         zero = np.full(np.shape(factors), quantizer.zero)
-        code = ir.DataType[("" if self._signed else "U") + kind.upper()]
+        code = _FLOAT8 if kind == "fp8" else ir.DataType[("" if self._signed else "U") + kind.upper()]
         scale = np.array(quantizer.scale, np.float32)
         q = self._node("QuantizeLinear", value, (scale * factors, zero), code, layer, axis)
         self._made(q, f"{value.name}.quantized", value, code, before=layer.node)
@@ -169,27 +176,42 @@ class _Writer:
         for use in uses:
             use.node.replace_input_with(use.idx, total)
 
-    def _weight(self, layer: Layer, state: LayerState, bits: int, steps: np.ndarray | None) -> ir.Value:
+    def _weight_kind(self, weights: str, activations: str) -> str:
+        """What the weight is stored as: 4-bit codes beside integers of 8 bits as the engine's kernels for these take them."""
+        return self.placement.int4 if weights == "int4" and activations != "float" else weights
+
+    def _weight(self, layer: Layer, state: LayerState, weights: str, stored: str, steps: np.ndarray | None) -> ir.Value:
+        """The weight's codes and the node that reads them; ``stored`` is the number format of the codes in the file."""
         key = (layer.name, layer.transposed)
         if key in self.weights:
             return self.weights[key]
-        scale = weight_scale(state.weight_amax, bits)
-        codes = state.codes
-        if codes is None:
-            weight = layer.read_weight()
-            axis = 1 if weight.ndim > 1 and weight.shape[1] == len(state.factors) else None
-            if axis is not None:
-                weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
-            codes = weight_codes(weight, scale, bits)
+        scale, codes = self._codes(layer, state, weights)
         if layer.transposed:
-            codes = np.ascontiguousarray(codes.T)
-        kind = ir.DataType.INT8 if bits == 8 or self.placement.int4 == "int8" else ir.DataType.INT4
+            scale, codes = scale.T, np.ascontiguousarray(codes.T)
+        kind = _FLOAT8 if stored == "fp8" else ir.DataType[stored.upper()]
         name = f"{layer.name}.weight"
         q = self._constant(f"{name}.codes" + (".transposed" if layer.transposed else ""), codes.astype(kind.numpy()))
-        read = (scale if steps is None else scale / steps).astype(np.float32)
-        dq = self._node("DequantizeLinear", q, (read, np.zeros(len(read))), kind, layer, _output_axis(layer), name=name)
+        read = np.ascontiguousarray(scale if steps is None else scale / steps).astype(np.float32)
+        axis = _output_axis(layer)
+        if scale.ndim == 2:  # groups of inputs
+            axis = 1 - axis
+        dq = self._node("DequantizeLinear", q, (read, np.zeros(read.shape)), kind, layer, axis, name=name)
+        if scale.ndim == 2:
+            dq.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[axis] // read.shape[axis])
         self.weights[key] = self._made(dq, f"{name}.dequantized", q, layer.dtype, before=layer.node)
         return self.weights[key]
+
+    def _codes(self, layer: Layer, state: LayerState, weights: str) -> tuple[np.ndarray, np.ndarray]:
+        """Scales [out] or [out, groups], and codes shaped like the layer's weight."""
+        scale = e4m3_scale(state.weight_amax) if weights == "fp8" else weight_scale(state.weight_amax, BITS[weights])
+        if state.codes is not None:
+            return scale, state.codes
+        weight = layer.read_weight()
+        if weight.ndim > 1 and weight.shape[1] == len(state.factors):
+            weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+        if weights == "fp8":
+            return scale, np.clip(weight / spread(scale, weight.shape), -E4M3_MAX, E4M3_MAX)
+        return scale, weight_codes(weight, scale, BITS[weights])
 
     @property
     def _signed(self) -> bool:
