@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from edgediffusion.optimize.integers import affine
-from edgediffusion.optimize.observe import Observed, by_channel, layers_of, tensors
+from edgediffusion.optimize.observe import by_channel, layers_of, tensors
+from edgediffusion.optimize.observed import Observed
 from edgediffusion.optimize.state import LayerState
 
 CANDIDATES = tuple(np.round(np.geomspace(1.0, 0.2, 24), 4).tolist())

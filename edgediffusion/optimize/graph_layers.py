@@ -37,6 +37,25 @@ class Layer:
     def groups(self) -> int:
         return self.node.attributes.get_int("group", 1) if self.node.op_type == "Conv" else 1
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        """How many the layer reads and gives."""
+        assert self.weight.const_value is not None
+        first, second = self.weight.const_value.shape.numpy()[:2]
+        out, read = (second, first) if self.turned else (first, second)
+        return read * self.groups, out
+
+    @property
+    def given(self) -> ir.Value:
+        """What the layer gives, with its bias: a matrix product may have it in an Add behind it."""
+        output = self.node.outputs[0]
+        uses = list(output.uses())
+        if self.node.op_type == "Conv" or len(uses) != 1 or uses[0].node.op_type != "Add":
+            return output
+        other = uses[0].node.inputs[1 - uses[0].idx]
+        is_bias = other is not None and _is_constant(other) and other.shape == self.channels[1:]
+        return uses[0].node.outputs[0] if is_bias else output
+
     def read_weight(self) -> np.ndarray:
         """float32 [out, in, ...], read anew each time: a network's weights need not fit into memory together."""
         assert self.weight.const_value is not None
@@ -67,3 +86,10 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
         turned = transposed != bool(turns % 2)
         found.append(Layer(value.name.removesuffix(".weight"), node, value, transposed, turned, dtype or value.const_value.dtype))
     return found
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether it is an initializer, seen through a Cast."""
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+    return source is not None and source.is_initializer()

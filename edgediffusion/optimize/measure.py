@@ -1,22 +1,30 @@
-"""From a network and its calibration items to the state of every layer: observe, balance, clip, round."""
+"""From a network and its calibration items to the state of every layer: observe, balance, clip, round.
+
+The network is a module of torch, or the bundle's own graph, for which no torch is needed: but nothing can be learned in a graph.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from edgediffusion import registry
-from edgediffusion.optimize.clip import input_clips
+from edgediffusion.bundle import Bundle, Component
+from edgediffusion.errors import ArgumentError
 from edgediffusion.optimize.integers import best_weight_amax
-from edgediffusion.optimize.observe import Observed, observe
-from edgediffusion.optimize.recipe import Recipe
-from edgediffusion.optimize.rounding import Job
+from edgediffusion.optimize.observed import Observed
+from edgediffusion.optimize.recipe import BITS, Recipe
 from edgediffusion.optimize.state import LayerState
 
+if TYPE_CHECKING:
+    import torch
+
+Items = Sequence[tuple[int, Mapping[str, np.ndarray]]]
 Progress = Callable[[str, float], None]
 LOW_BITS = 6  # ranges are searched for at so few bits only: above, the search finds the observed ones
 OUTPUT_MARGIN = 1.15  # over the observed range: what calibration has not seen would be cut, and that shows in the worst pictures
@@ -24,7 +32,7 @@ OUTPUT_MARGIN = 1.15  # over the observed range: what calibration has not seen w
 
 def measure(
     module: torch.nn.Module,
-    items: Sequence[tuple[int, Mapping[str, np.ndarray]]],
+    items: Items,
     recipe: Recipe,
     *,
     prefix: str = "",
@@ -41,6 +49,10 @@ def measure(
     Raises:
         ArgumentError: a layer gives values that are no finite numbers.
     """
+    from edgediffusion.optimize.clip import input_clips
+    from edgediffusion.optimize.observe import observe
+    from edgediffusion.optimize.rounding import Job
+
     found = observe(module, items, progress=lambda done: progress("observing layers", done / len(items)))
     chosen = _Named(recipe, prefix)
     layers = _balance(found, chosen)
@@ -58,6 +70,46 @@ def measure(
     job = Job(module, feeds, layers, chosen.recipe, seed, lambda part: progress("rounding weights", part), prefix, guidance_scale)
     layers.update(rounding.round_weights(job))
     return {name.removeprefix(prefix): layer for name, layer in layers.items()}
+
+
+def measure_graph(
+    bundle: Bundle,
+    component: Component,
+    items: Items,
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    progress: Progress = lambda label, part: None,
+) -> dict[str, LayerState]:
+    """As ``measure``, of a component's graph as ONNX Runtime runs it; a copy of it lies in ``folder`` meanwhile.
+
+    Raises:
+        ArgumentError: a layer gives values that are no finite numbers, or the recipe needs a network in torch.
+    """
+    from edgediffusion.optimize.observers import observe_graph
+
+    check_graph_recipe(recipe)
+    count = len(items)
+    found = observe_graph(bundle, component, items, folder=folder, progress=lambda done: progress("observing layers", done / count))
+    return _balance(found, _Named(recipe, ""))
+
+
+def check_graph_recipe(recipe: Recipe) -> None:
+    """Refuse a recipe with methods that work on a network in torch (ArgumentError)."""
+    needs = []
+    if recipe.rounding != "nearest":
+        needs.append(f"rounding {recipe.rounding!r}")
+    if recipe.ranges.startswith("modelopt"):
+        needs.append(f"ranges {recipe.ranges!r}")
+    if recipe.ranges == "mse" and BITS.get(recipe.activations, 16) <= LOW_BITS:
+        needs.append(f"ranges 'mse' of {recipe.activations} activations")
+    if needs:
+        raise ArgumentError(
+            f"The recipe '{recipe.name}' has methods that need the network itself, which is in the source and not in the bundle",
+            got=", ".join(needs),
+            allowed="without a source: rounding 'nearest'; ranges 'max', or 'mse' with activations of 8 bits or float",
+            do="Name the diffusers folder that the bundle was exported from: --source FOLDER",
+        )
 
 
 class _Named:
@@ -99,7 +151,7 @@ def _layer(layer: Observed, factors: np.ndarray, recipe: _Named, name: str) -> L
         amax = best_weight_amax(rows, np.broadcast_to(importance, weight.shape).reshape(rows.shape), bits)
     amax = amax.reshape(-1, groups) if groups > 1 else amax
     seen, given = layer.input, layer.output
-    bounds = (seen.low.numpy(), seen.high.numpy(), given.low.numpy(), given.high.numpy())
+    bounds = (seen.low, seen.high, given.low, given.high)
     return LayerState(factors, *bounds, amax.astype(np.float32), output_clip=OUTPUT_MARGIN)
 
 

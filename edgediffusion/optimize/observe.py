@@ -1,58 +1,15 @@
-"""What the layers of a network see: statistics of every convolution's and linear layer's input and output, by channel."""
+"""The observer in torch: statistics of every convolution's and linear layer's input and output, by channel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from edgediffusion.errors import ArgumentError
+from edgediffusion.optimize.observed import Channels, Observed, not_finite
 
 LAYERS = (torch.nn.Conv2d, torch.nn.Linear)
-
-
-@dataclass
-class Channels:
-    """Lowest and highest value of each channel, and the mean of its squares; float32 [channels]."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    squares: torch.Tensor
-    count: int = 0
-
-    @classmethod
-    def none(cls, channels: int) -> Channels:
-        return cls(torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf), torch.zeros(channels, dtype=torch.float64))
-
-    def add(self, x: torch.Tensor) -> None:
-        """``x`` is [channels, values]."""
-        self.low = torch.minimum(self.low, x.amin(1))
-        self.high = torch.maximum(self.high, x.amax(1))
-        self.squares = self.squares + x.double().square().sum(1)
-        self.count += x.shape[1]
-
-    @property
-    def amax(self) -> np.ndarray:
-        return np.asarray(torch.maximum(self.low.abs(), self.high.abs()).numpy())
-
-    @property
-    def mean_square(self) -> np.ndarray:
-        return np.asarray((self.squares / max(self.count, 1)).numpy())
-
-
-@dataclass
-class Observed:
-    """One layer. ``weight`` is float32 [out, in, ...]; ``steps`` has amax of the input's channels for each sampling step."""
-
-    weight: np.ndarray
-    bias: bool
-    groups: int
-    input: Channels
-    output: Channels
-    steps: dict[int, np.ndarray] = field(default_factory=dict)
-    readers: tuple[str, ...] = ()  # all layers that read the same tensor, this one among them
 
 
 def layers_of(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -85,16 +42,11 @@ def observe(
         def record(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             x, y = by_channel(layer, inputs[0]), by_channel(layer, output)
             if not torch.isfinite(y).all():
-                raise ArgumentError(
-                    f"The layer '{name}' gives values that are no finite numbers at sampling step {step}",
-                    got="NaN or infinity",
-                    do="Check the weights, and the number format they were saved in.",
-                )
+                raise not_finite(name, step)
             seen = found.setdefault(name, _new(layer, len(x), len(y)))
-            seen.input.add(x)
-            seen.output.add(y)
-            largest = x.abs().amax(1).numpy()
-            seen.steps[step] = np.maximum(seen.steps[step], largest) if step in seen.steps else largest
+            _add(seen.input, x)
+            _add(seen.output, y)
+            seen.saw(step, x.abs().amax(1).numpy())
             read[name] = inputs[0]
 
         return record
@@ -121,8 +73,13 @@ def tensors(feeds: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 
+def _add(channels: Channels, x: torch.Tensor) -> None:
+    """``x`` is [channels, values]."""
+    channels.add(x.amin(1).numpy(), x.amax(1).numpy(), x.double().square().sum(1).numpy(), x.shape[1])
+
+
 def _new(layer: torch.nn.Module, inputs: int, outputs: int) -> Observed:
     assert isinstance(layer, LAYERS)
     groups = layer.groups if isinstance(layer, torch.nn.Conv2d) else 1
-    weight = layer.weight.detach().float().numpy()
-    return Observed(weight, layer.bias is not None, groups, Channels.none(inputs), Channels.none(outputs))
+    weight = layer.weight.detach()
+    return Observed(lambda: weight.float().numpy(), groups, Channels.none(inputs), Channels.none(outputs))

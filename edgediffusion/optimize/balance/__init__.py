@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgediffusion.optimize.observe import Observed
+from edgediffusion.optimize.observed import Observed
 
 __all__ = ["input_amax", "weight_amax"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgediffusion.optimize.balance import balanced, weight_amax
-from edgediffusion.optimize.observe import Observed
+from edgediffusion.optimize.observed import Observed
 
 
 def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:

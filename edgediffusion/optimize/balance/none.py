@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgediffusion.optimize.observe import Observed
+from edgediffusion.optimize.observed import Observed
 
 
 def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from edgediffusion.optimize.balance import balanced, input_amax, weight_amax
-from edgediffusion.optimize.observe import Observed
+from edgediffusion.optimize.observed import Observed
 
 
 def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:
@@ -30,7 +30,7 @@ def expected_error(layer: Observed, f: np.ndarray, bits: tuple[int, int]) -> flo
     w = layer.weight.reshape(*layer.weight.shape[:2], -1).astype(np.float64)
     if layer.groups > 1:  # a depthwise weight has one input channel for each output
         return 0.0
-    low, high = (layer.input.low.numpy() / wide).min(), (layer.input.high.numpy() / wide).max()
+    low, high = (layer.input.low / wide).min(), (layer.input.high / wide).max()
     s = (max(high, 0) - min(low, 0)) / (2**activation_bits - 1)
     from_activations = ((s * wide) ** 2 * (w**2).sum((0, 2))).sum() / 12
     d = np.abs(w * wide[:, None]).max((1, 2)) / (2 ** (weight_bits - 1) - 1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgediffusion.optimize.balance import balanced, input_amax, weight_amax
-from edgediffusion.optimize.observe import Observed
+from edgediffusion.optimize.observed import Observed
 
 ALPHA = 0.8
 
