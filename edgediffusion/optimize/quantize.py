@@ -12,12 +12,11 @@ from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import link_or_copy
+from edgediffusion.optimize.graph_file import load_graph, store_weights
 from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe, recipe_of
 from edgediffusion.optimize.state import QuantizationState, weights_digest
 
 Progress = Callable[[str, float], None]
-WEIGHTS = "quantized.safetensors"
-_SMALL_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -136,53 +135,3 @@ def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Jo
     store_weights(model, target.parent)
     ir.save(model, target)
     return {"quantized": len(report.quantized), "float": dict(report.declined)}
-
-
-def load_graph(file: Path) -> Any:
-    """A graph whose weights may be files with several links: onnx-ir takes those for an attack and refuses to read them.
-
-    Opening the bundle has checked their hashes. A tensor with an absolute location and no base folder is read as it is.
-    """
-    import onnx_ir as ir
-
-    model = ir.load(file)
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            place = file.parent / tensor.location
-            value.const_value = ir.ExternalTensor(
-                place, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name), base_dir=""
-            )
-    return model
-
-
-def _planned(tensor: Any) -> Any:
-    import onnx_ir as ir
-
-    from edgediffusion.export.store import Planned
-
-    if tensor.dtype == ir.DataType.INT4:  # two to a byte; the file's format has no such type
-        return Planned(ir.DataType.UINT8, (tensor.nbytes,), tensor.tobytes)
-    return Planned(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes)
-
-
-def store_weights(model: Any, folder: Path) -> None:
-    """Put the weights, quantized or not, into one new file of the component; small constants stay in the graph."""
-    import onnx_ir as ir
-
-    from edgediffusion.export.store import write_tensors
-
-    chosen = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        codes = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN)
-        large = tensor is not None and tensor.dtype in codes and tensor.nbytes > _SMALL_BYTES
-        if large or isinstance(tensor, ir.ExternalTensor):
-            chosen[name] = tensor
-    planned = {n: _planned(t) for n, t in chosen.items()}
-    stored = write_tensors(folder / WEIGHTS, planned)
-    for name, tensor in chosen.items():
-        at = stored[name]
-        model.graph.initializers[name].const_value = ir.ExternalTensor(
-            WEIGHTS, at.offset, at.bytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=str(folder)
-        )
