@@ -59,4 +59,14 @@ def _planned(tensor: Any) -> Any:
 
     if tensor.dtype == ir.DataType.INT4:  # two to a byte; the file's format has no such type
         return Planned(ir.DataType.UINT8, (tensor.nbytes,), tensor.tobytes)
-    return Planned(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes)
+    return Planned(tensor.dtype, tuple(tensor.shape.numpy()), lambda: _read(tensor))
+
+
+def _read(tensor: Any) -> bytes:
+    """A tensor's bytes. One of a file is let go again: its pages would stay in memory until the last one is written."""
+    import onnx_ir as ir
+
+    values: bytes = tensor.tobytes()
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return values

@@ -60,6 +60,8 @@ class Layer:
         """float32 [out, in, ...], read anew each time: a network's weights need not fit into memory together."""
         assert self.weight.const_value is not None
         weight = self.weight.const_value.numpy().astype(np.float32)
+        if isinstance(self.weight.const_value, ir.ExternalTensor):
+            self.weight.const_value.release()  # or the file's pages stay in memory
         return np.ascontiguousarray(weight.T) if self.turned else weight
 
 

@@ -56,7 +56,9 @@ def weight_scale(amax: np.ndarray, bits: int) -> np.ndarray:
 def weight_codes(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
     """int8 codes of a weight [out, in, ...] with scales for output channels [out], or for groups of their inputs [out, groups]."""
     top = 2 ** (bits - 1) - 1
-    return np.asarray(np.clip(np.rint(weight.astype(np.float32) / spread(scale, weight.shape)), -top, top)).astype(np.int8)
+    steps = weight.astype(np.float32, copy=False) / spread(scale, weight.shape)
+    np.rint(steps, out=steps)  # in place: the largest weight of a network is read and rounded in three times its own size
+    return np.asarray(np.clip(steps, -top, top, out=steps)).astype(np.int8)
 
 
 def spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,7 @@ Elsewhere x is multiplied by 1 / f before Q, where f is not 1 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,33 +185,28 @@ class _Writer:
         key = (layer.name, layer.transposed)
         if key in self.weights:
             return self.weights[key]
-        scale, codes = self._codes(layer, state, weights)
-        if layer.transposed:
-            scale, codes = scale.T, np.ascontiguousarray(codes.T)
+        scale = e4m3_scale(state.weight_amax) if weights == "fp8" else weight_scale(state.weight_amax, BITS[weights])
         kind = _FLOAT8 if stored == "fp8" else ir.DataType[stored.upper()]
         name = f"{layer.name}.weight"
-        q = self._constant(f"{name}.codes" + (".transposed" if layer.transposed else ""), codes.astype(kind.numpy()))
+        assert layer.weight.const_value is not None
+        shape = tuple(layer.weight.const_value.shape.numpy())
+        shape = shape[::-1] if layer.transposed != layer.turned else shape  # of the codes, as the node reads them
+        q = self._later(
+            f"{name}.codes" + (".transposed" if layer.transposed else ""),
+            lambda: _codes(layer, state, weights, layer.transposed).astype(kind.numpy()),
+            kind,
+            shape,
+        )
+        scale = scale.T if layer.transposed else scale
         read = np.ascontiguousarray(scale if steps is None else scale / steps).astype(np.float32)
         axis = _output_axis(layer)
         if scale.ndim == 2:  # groups of inputs
             axis = 1 - axis
         dq = self._node("DequantizeLinear", q, (read, np.zeros(read.shape)), kind, layer, axis, name=name)
         if scale.ndim == 2:
-            dq.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[axis] // read.shape[axis])
+            dq.attributes["block_size"] = ir.AttrInt64("block_size", shape[axis] // read.shape[axis])
         self.weights[key] = self._made(dq, f"{name}.dequantized", q, layer.dtype, before=layer.node)
         return self.weights[key]
-
-    def _codes(self, layer: Layer, state: LayerState, weights: str) -> tuple[np.ndarray, np.ndarray]:
-        """Scales [out] or [out, groups], and codes shaped like the layer's weight."""
-        scale = e4m3_scale(state.weight_amax) if weights == "fp8" else weight_scale(state.weight_amax, BITS[weights])
-        if state.codes is not None:
-            return scale, state.codes
-        weight = layer.read_weight()
-        if weight.ndim > 1 and weight.shape[1] == len(state.factors):
-            weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
-        if weights == "fp8":
-            return scale, np.clip(weight / spread(scale, weight.shape), -E4M3_MAX, E4M3_MAX)
-        return scale, weight_codes(weight, scale, BITS[weights])
 
     @property
     def _signed(self) -> bool:
@@ -262,11 +257,33 @@ class _Writer:
         self.graph.register_initializer(value)
         return value
 
+    def _later(self, name: str, values: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+        """A constant that is computed when it is written, and not kept: a network's weights need not fit into memory."""
+        name = self._unused(name)
+        tensor = ir.LazyTensor(lambda: ir.tensor(values(), name=name), dtype, ir.Shape(shape), name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self.graph.register_initializer(value)
+        return value
+
     def _unused(self, name: str) -> str:
         """The name, numbered where it is taken: one tensor may be quantized in several ways."""
         taken = self.names.get(name, 0)
         self.names[name] = taken + 1
         return f"{name}.{taken}" if taken else name
+
+
+def _codes(layer: Layer, state: LayerState, weights: str, transposed: bool) -> np.ndarray:
+    """Codes [out, in, ...] of the layer's weight, or [in, out] where they are ``transposed``."""
+    codes = state.codes
+    if codes is None:
+        weight = layer.read_weight()
+        if weight.ndim > 1 and weight.shape[1] == len(state.factors):
+            weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+        if weights == "fp8":
+            codes = np.clip(weight / spread(e4m3_scale(state.weight_amax), weight.shape), -E4M3_MAX, E4M3_MAX)
+        else:
+            codes = weight_codes(weight, weight_scale(state.weight_amax, BITS[weights]), BITS[weights])
+    return np.ascontiguousarray(codes.T) if transposed else codes
 
 
 def _is_constant(value: ir.Value | None) -> bool:
