@@ -89,7 +89,7 @@ def _model(bundle: Bundle, state: QuantizationState, placement: Placement | None
     import onnx_ir as ir
 
     from edgediffusion.optimize.passes.insert_qdq import insert_qdq
-    from edgediffusion.optimize.quantize import load_graph, store_weights
+    from edgediffusion.optimize.graph_file import load_graph, store_weights
 
     model = load_graph(bundle.path / bundle.component("unet").model)
     if placement is not None:

@@ -24,7 +24,7 @@ from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, OutputError, UnknownName
 from edgediffusion.export import export
 from edgediffusion.optimize import QuantizationState, calibrate, quantize
-from edgediffusion.optimize.quantize import load_graph
+from edgediffusion.optimize.graph_file import load_graph
 from edgediffusion.optimize.recipe import load_placement, load_recipe
 from edgediffusion.profiles import profile
 from edgediffusion.profiles.quality import psnr_db

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
@@ -83,7 +82,7 @@ def _recipe(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
     if wanted is None:
         return own
     recipe = load_recipe(wanted)
-    fields = ("weights", "activations", "balance", "ranges", "rounding", "eight")
+    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "eight", "split")
     differing = [field for field in fields if getattr(recipe, field) != getattr(own, field)]
     if differing:
         raise ArgumentError(
@@ -125,10 +124,12 @@ def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Jo
     import onnx_ir as ir
 
     from edgediffusion.optimize.passes.insert_qdq import insert_qdq
+    from edgediffusion.optimize.passes.split_concat import joined, split_concat
 
     prefix = f"{component.name}/"
     states = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
     model = load_graph(bundle.path / component.model)
+    split_concat(model, joined(model, job.recipe))
     report = insert_qdq(model, states, job.recipe, job.placement)
     target = folder / component.model
     target.parent.mkdir(exist_ok=True)

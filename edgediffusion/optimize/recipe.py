@@ -32,8 +32,9 @@ _FORMATS = (*BITS, "float")
 class Recipe:
     """Number formats, the methods that calibration finds their parameters with, and the layers that are treated otherwise.
 
-    ``exclude`` and ``eight`` are regular expressions for module paths: layers that stay float, and layers that get int8
-    weights and activations whatever the others get. ``balance`` and ``rounding`` name files of those folders; ``ranges`` is
+    ``exclude``, ``eight`` and ``split`` are regular expressions for module paths: layers that stay float, layers that get int8
+    weights and activations whatever the others get, and convolutions that become one for each part of what they read, where
+    that is a concatenation. ``balance`` and ``rounding`` name files of those folders; ``ranges`` is
     ``max``, the observed ones, ``mse``, those with the least squared error, or what nvidia-modelopt's algorithms find.
     ``activations = "float"`` quantizes weights only; then ``group`` may give linear layers' weights a scale for every so many
     input channels (0: one for all). ``fp8`` is E4M3.
@@ -48,7 +49,11 @@ class Recipe:
     group: int = 0
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
     preset: str = ""
+
+    def splits(self, layer: str) -> bool:
+        return self.excludes(layer) is None and any(re.search(e, layer) for e in self.split)
 
     def excludes(self, layer: str) -> str | None:
         """The first expression that keeps ``layer`` float, or None."""
@@ -105,7 +110,7 @@ def load_recipe(name: str | Recipe) -> Recipe:
         known = registry.names(f"optimize.{folder}")
         if getattr(recipe, folder) not in known:
             raise UnknownName(f"{folder} method", getattr(recipe, folder), known)
-    for expression in (*recipe.exclude, *recipe.eight):
+    for expression in (*recipe.exclude, *recipe.eight, *recipe.split):
         try:
             re.compile(expression)
         except re.error as error:
