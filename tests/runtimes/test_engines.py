@@ -193,6 +193,23 @@ class TestOnnxRuntime:
         with pytest.raises(EngineError, match="bfloat16"):
             engine.open_session(tmp_path / "brain.onnx", threads=1)
 
+    def test_times_every_node_of_every_run_in_its_order(self, engine: Any, tmp_path: Path) -> None:
+        write_denoiser(tmp_path)
+        file = tmp_path / DENOISE.model
+        feeds = {"sample": _random(1, 2, 4, 6, 4), "timestep": np.float32(3), "encoder_hidden_states": _random(2, 2, 8, 6)}
+        first, second = engine.time_nodes([file, file], feeds, runs=7, threads=1)
+        assert [node.operator for node in first][-1] == "Tanh"
+        assert {"Conv", "MatMul"} <= {node.operator for node in first}
+        assert [node.name for node in first] == [node.name for node in second]
+        assert all(len(node.times_ms) == 7 and min(node.times_ms) >= 0 for node in first)
+        assert 0 < sum(sum(node.times_ms) for node in first) < 7_000
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["unet"]
+
+    def test_times_no_nodes_of_feeds_that_do_not_fit(self, engine: Any, tmp_path: Path) -> None:
+        write_denoiser(tmp_path)
+        with pytest.raises(EngineError, match="could not profile"):
+            engine.time_nodes([tmp_path / DENOISE.model], {"sample": _random(1, 2, 4, 6, 4)}, runs=1, threads=1)
+
     def test_says_nothing(self, engine: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         write_denoiser(tmp_path)
         engine.build(tmp_path / DENOISE.model, tmp_path / f"unet{engine.suffix}", threads=1)

@@ -5,12 +5,17 @@
     build(model: Path, engine: Path, *, threads) -> None    make an engine file of an ONNX file
     open_session(file: Path, *, threads) -> Session     load an engine file, or an ONNX file where the library can
 
+An engine that can tell how long each node of a graph takes has also
+
+    time_nodes(files, feeds, *, runs, threads) -> list[tuple[NodeTime, ...]]
+
 A vendor library is imported inside functions only, so naming an engine never loads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +45,15 @@ class Session(Protocol):
     def bind(self, axes: Mapping[str, int]) -> Binding:
         """Allocate buffers, every named axis at the size given. Axes that the session does not have are ignored."""
         ...
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One node as the engine ran it, under the engine's name for it: ``times_ms`` has a value for each run."""
+
+    name: str
+    operator: str
+    times_ms: tuple[float, ...]
 
 
 def resolve(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:

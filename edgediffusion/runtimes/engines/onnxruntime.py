@@ -6,8 +6,10 @@ rather than read. It holds layouts that fit one processor (blocks of 8 or 16 cha
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 from edgediffusion.bundle import TensorSpec
 from edgediffusion.errors import EngineError
 from edgediffusion.registry import require
-from edgediffusion.runtimes.engines import resolve
+from edgediffusion.runtimes.engines import NodeTime, resolve
 
 suffix = ".optimized.onnx"
 
@@ -26,6 +28,8 @@ _ERRORS_ONLY = 3
 # float layers the fusion makes no difference (benchmarks/cpu_graph.py).
 _UNWANTED_FUSIONS = ("MatMulAddFusion",)
 _SMALLEST_OUTSIDE_BYTES = 1024
+_KERNEL = "_kernel_time"  # ends the name of a profile's event that is the run of a node
+_BLOCK = 5  # timed runs of a graph before the next one's turn
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -66,6 +70,52 @@ def open_session(file: Path, *, threads: int | None = None) -> OnnxRuntimeSessio
     options = _options(threads, optimize=not file.name.endswith(suffix))
     with _mapped(f"ONNX Runtime could not load '{file.parent.name}/{file.name}'"):
         return OnnxRuntimeSession(_session(file, options))
+
+
+def time_nodes(
+    files: Sequence[Path], feeds: Mapping[str, np.ndarray], *, runs: int, threads: int | None = None
+) -> list[tuple[NodeTime, ...]]:
+    """For each ONNX file its nodes, in the order in which they ran, with the times of ``runs`` runs: ONNX Runtime's own profile.
+
+    The graphs take turns, a few runs each, so that what disturbs one disturbs all. The first run of a turn is not counted: the
+    worker threads of the graph before still spin. Names are those of the graph as ONNX Runtime optimized it.
+
+    Raises:
+        EngineError: a file cannot be loaded or run with ``feeds``.
+    """
+    counted: list[int] = []
+    with tempfile.TemporaryDirectory() as folder, _mapped("ONNX Runtime could not profile the graph"):
+        sessions = [_profiled(file, Path(folder) / str(at), threads) for at, file in enumerate(files)]
+        given = {name: np.asarray(array) for name, array in feeds.items()}
+        done = 0
+        while len(counted) < runs:
+            block = min(_BLOCK, runs - len(counted))
+            for session in sessions:
+                for _ in range(block + 1):
+                    session.run(None, given)
+            counted.extend(range(done + 1, done + 1 + block))
+            done += block + 1
+        profiles = [json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")) for session in sessions]
+    return [_node_times(profile, done, counted) for profile in profiles]
+
+
+def _profiled(file: Path, prefix: Path, threads: int | None) -> Any:
+    options = _options(threads, optimize=not file.name.endswith(suffix))
+    options.enable_profiling = True
+    options.profile_file_prefix = str(prefix)
+    return _session(file, options)
+
+
+def _node_times(profile: Sequence[Mapping[str, Any]], done: int, counted: Sequence[int]) -> tuple[NodeTime, ...]:
+    events = [e for e in profile if e.get("cat") == "Node" and str(e.get("name")).endswith(_KERNEL)]
+    nodes = len(events) // done
+    first = events[:nodes]
+    if len(events) != nodes * done or any(e["name"] != first[i % nodes]["name"] for i, e in enumerate(events)):
+        raise EngineError("ONNX Runtime's profile does not have every node once a run", got=f"{len(events)} events of {done} runs")
+    return tuple(
+        NodeTime(e["name"].removesuffix(_KERNEL), e["args"]["op_name"], tuple(events[run * nodes + i]["dur"] / 1e3 for run in counted))
+        for i, e in enumerate(first)
+    )
 
 
 class OnnxRuntimeSession:
