@@ -17,6 +17,7 @@ from edgediffusion import registry
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
 from edgediffusion.optimize.integers import best_weight_amax
+from edgediffusion.optimize.low_rank import low_rank
 from edgediffusion.optimize.observed import Observed
 from edgediffusion.optimize.recipe import BITS, Recipe
 from edgediffusion.optimize.state import LayerState
@@ -121,6 +122,11 @@ class _Named:
     def bits(self, name: str) -> tuple[int, int]:
         return self.recipe.bits(name.removeprefix(self.prefix))
 
+    def branches(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the layer's weight gets a branch of low rank beside it."""
+        rank = self.recipe.rank
+        return 0 < rank < min(shape) and len(shape) == 2 and self.bits(name)[0] <= LOW_BITS and not self.excludes(name)
+
     def excludes(self, name: str) -> bool:
         return self.recipe.excludes(name.removeprefix(self.prefix)) is not None
 
@@ -144,15 +150,19 @@ def _layer(layer: Observed, factors: np.ndarray, recipe: _Named, name: str) -> L
     weight = balanced_weight(layer.weight, factors, layer.groups)
     bits = recipe.bits(name)[0]
     groups = recipe.recipe.groups(weight.shape)
+    importance = (layer.input.mean_square / factors.astype(np.float64) ** 2).reshape(1, -1, *[1] * (weight.ndim - 2))
+    up = down = None
+    if recipe.branches(name, weight.shape):
+        up, down = low_rank(weight, recipe.recipe.rank, bits, importance)
+        weight = weight - up @ down
     rows = weight.reshape(len(weight) * groups, -1)
     amax = np.abs(rows).max(1)
     if recipe.recipe.ranges == "mse" and bits <= LOW_BITS and layer.groups == 1:
-        importance = (layer.input.mean_square / factors.astype(np.float64) ** 2).reshape(1, -1, *[1] * (weight.ndim - 2))
         amax = best_weight_amax(rows, np.broadcast_to(importance, weight.shape).reshape(rows.shape), bits)
     amax = amax.reshape(-1, groups) if groups > 1 else amax
     seen, given = layer.input, layer.output
     bounds = (seen.low, seen.high, given.low, given.high)
-    return LayerState(factors, *bounds, amax.astype(np.float32), output_clip=OUTPUT_MARGIN)
+    return LayerState(factors, *bounds, amax.astype(np.float32), output_clip=OUTPUT_MARGIN, up=up, down=down)
 
 
 def balanced_weight(weight: np.ndarray, factors: np.ndarray, groups: int = 1) -> np.ndarray:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import link_or_copy
+from edgediffusion.optimize.finite import check_quantized
 from edgediffusion.optimize.graph_file import load_graph, store_weights
 from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe, recipe_of
+from edgediffusion.optimize.sensitivity_report import Sensitivity
 from edgediffusion.optimize.state import QuantizationState, weights_digest
 
 Progress = Callable[[str, float], None]
@@ -23,6 +26,7 @@ class _Job:
     state: QuantizationState
     recipe: Recipe
     placement: Placement
+    kept: Mapping[str, str] = field(default_factory=dict)  # layers that a sensitivity report keeps float, with its reasons
 
 
 def quantize(
@@ -33,26 +37,32 @@ def quantize(
     recipe: str | Recipe | None = None,
     target: str = "cpu-x86-64",
     placement: Placement | None = None,
+    sensitivity: str | Path | Sensitivity | None = None,
     progress: Progress = lambda label, part: None,
 ) -> Bundle:
     """Write the bundle with its denoiser quantized as ``recipe`` says, with Q/DQ nodes where ``target``'s engine wants them.
 
     ``recipe`` is by default the one that the state was made for; it and ``target`` are names or paths of TOML files. ``placement``
-    is by default the target's. Which
-    layers stayed float, and why, is in the new bundle's history.
+    is by default the target's. ``sensitivity`` is a report whose choice of layers stays float too. Which layers stayed float, and
+    why, is in the new bundle's history.
 
     Raises:
         UnknownName: no such recipe or target. ArgumentError: the state belongs to other weights, does not serve the recipe, or the
-        engine lacks the recipe's number formats.
+        engine lacks the recipe's number formats; the report was made for something else.
+        BundleError: the quantized graph gives numbers that are not finite; the message names the layer.
         OutputError: ``output`` exists or cannot be written.
     """
     device = targets.load(target)
     known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
-    job = _Job(known, _recipe(known, recipe), placement or load_placement(device.placement))
-    _check_formats(job)
+    job = _Job(known, recipe_for(known, recipe), placement or load_placement(device.placement))
+    check_formats(job.recipe, job.placement)
     chosen = bundle.with_role("denoise")
     for component in chosen:
-        _check_weights(bundle, component, job.state)
+        check_weights(bundle, component, job.state)
+    if sensitivity is not None:
+        report_of = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
+        report_of.check(weights=known.weights, state=known.digest, recipe=job.recipe.name, target=device.name)
+        job = replace(job, kept=report_of.kept)
     with files.new_folder(Path(output)) as folder:
         replaced = {component.model.rsplit("/", 1)[0] + "/" for component in chosen}
         kept = [name for name in bundle.files if not name.startswith("engines/") and not _is_replaced(name, replaced)]
@@ -62,6 +72,8 @@ def quantize(
         for at, component in enumerate(chosen):
             progress(f"quantizing {component.name}", at / len(chosen))
             report[component.name] = _quantize_graph(bundle, component, folder, job)
+            progress(f"checking {component.name}", (at + 0.5) / len(chosen))
+            check_quantized(bundle, component, folder / component.model, device.engines[0])
         progress("writing", 1.0)
         arguments = {"recipe": job.recipe.name, "target": device.name, "state": job.state.digest, "layers": report}
         versions = {"edgediffusion": __version__, "onnx-ir": version("onnx-ir")}
@@ -76,13 +88,13 @@ def quantize(
     return Bundle.open(output, verify=False)
 
 
-def _recipe(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
+def recipe_for(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
     """The state's own recipe, or another one that its ranges and codes serve."""
     own = recipe_of(state.recipe)
     if wanted is None:
         return own
     recipe = load_recipe(wanted)
-    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "eight", "split")
+    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "eight", "split")
     differing = [field for field in fields if getattr(recipe, field) != getattr(own, field)]
     if differing:
         raise ArgumentError(
@@ -93,13 +105,13 @@ def _recipe(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
     return recipe
 
 
-def _check_formats(job: _Job) -> None:
+def check_formats(recipe: Recipe, placement: Placement) -> None:
     """Refuse number formats that the engine has no kernels for: such a graph fails when it is loaded, or is slower than float."""
-    recipe, allowed = job.recipe, job.placement.formats
+    allowed = placement.formats
     lacking = sorted({recipe.weights, recipe.activations} - {"float", *allowed})
     if lacking:
         raise ArgumentError(
-            f"The engine of the placement '{job.placement.name}' has no kernels for what the recipe '{recipe.name}' asks for",
+            f"The engine of the placement '{placement.name}' has no kernels for what the recipe '{recipe.name}' asks for",
             got=", ".join(lacking),
             allowed=", ".join(allowed),
             do="Choose another recipe, or a target whose engine has them: edgediffusion targets",
@@ -110,7 +122,8 @@ def _is_replaced(name: str, folders: set[str]) -> bool:
     return name.endswith((".onnx", ".safetensors")) and any(name.startswith(folder) for folder in folders)
 
 
-def _check_weights(bundle: Bundle, component: Component, state: QuantizationState) -> None:
+def check_weights(bundle: Bundle, component: Component, state: QuantizationState) -> None:
+    """Refuse a state of other weights, and a bundle that is quantized already (ArgumentError)."""
     if any(verb.name == "quantize" for verb in bundle.history):
         raise ArgumentError(f"The bundle '{bundle.path}' is quantized already", do="Quantize the float bundle it was made from.")
     if weights_digest(bundle, component) != state.weights:
@@ -123,16 +136,27 @@ def _check_weights(bundle: Bundle, component: Component, state: QuantizationStat
 def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Job) -> dict[str, object]:
     import onnx_ir as ir
 
+    from edgediffusion.optimize.passes.add_low_rank import add_low_rank, places
     from edgediffusion.optimize.passes.insert_qdq import insert_qdq
-    from edgediffusion.optimize.passes.split_concat import joined, split_concat
 
     prefix = f"{component.name}/"
     states = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
-    model = load_graph(bundle.path / component.model)
-    split_concat(model, joined(model, job.recipe))
+    model = prepared_graph(bundle.path / component.model, job.recipe)
+    states = {name: layer for name, layer in states.items() if name not in job.kept}
+    branches = places(model, states)
     report = insert_qdq(model, states, job.recipe, job.placement)
+    add_low_rank(model, branches)
     target = folder / component.model
     target.parent.mkdir(exist_ok=True)
     store_weights(model, target.parent)
     ir.save(model, target)
-    return {"quantized": len(report.quantized), "float": dict(report.declined)}
+    return {"quantized": len(report.quantized), "float": {name: job.kept.get(name, reason) for name, reason in report.declined.items()}}
+
+
+def prepared_graph(file: Path, recipe: Recipe) -> Any:
+    """A float graph with the layers that a recipe quantizes: convolutions split where it asks for that."""
+    from edgediffusion.optimize.passes.split_concat import joined, split_concat
+
+    model = load_graph(file)
+    split_concat(model, joined(model, recipe))
+    return model

@@ -24,6 +24,7 @@ else:
 _HERE = Path(__file__).parent
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
 RANGES = ("max", "mse", "modelopt-max", "modelopt-mse")
+LARGEST_RANK = 256
 GROUPS = (0, 16, 32, 64, 128, 256)  # block sizes that engines' kernels for 4-bit weights have
 _FORMATS = (*BITS, "float")
 
@@ -37,7 +38,7 @@ class Recipe:
     that is a concatenation. ``balance`` and ``rounding`` name files of those folders; ``ranges`` is
     ``max``, the observed ones, ``mse``, those with the least squared error, or what nvidia-modelopt's algorithms find.
     ``activations = "float"`` quantizes weights only; then ``group`` may give linear layers' weights a scale for every so many
-    input channels (0: one for all). ``fp8`` is E4M3.
+    input channels (0: one for all). ``rank`` gives linear layers of few bits a float branch of that rank. ``fp8`` is E4M3.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Recipe:
     ranges: str = "max"
     rounding: str = "nearest"
     group: int = 0
+    rank: int = 0
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
@@ -125,6 +127,14 @@ def _check_together(recipe: Recipe) -> None:
             got=f"group = {recipe.group}, activations = {recipe.activations!r}",
             do='Leave out group, or set activations = "float".',
         )
+    if not (isinstance(recipe.rank, int) and 0 <= recipe.rank <= LARGEST_RANK):
+        raise ArgumentError(f"'{recipe.name}' asks for a rank that is none", got=repr(recipe.rank), allowed=f"0..{LARGEST_RANK}")
+    if recipe.rank and recipe.ranges.startswith("modelopt"):
+        raise ArgumentError(
+            f"'{recipe.name}' asks for a branch of low rank, and for ModelOpt's ranges of the weights without it",
+            got=f"rank = {recipe.rank}, ranges = {recipe.ranges!r}",
+            do='Leave out rank, or set ranges = "mse".',
+        )
     if "fp8" in (recipe.weights, recipe.activations):
         differing = {f: v for f, v in (("ranges", recipe.ranges), ("rounding", recipe.rounding)) if v != getattr(_PLAIN, f)}
         if differing:
@@ -176,6 +186,9 @@ def _load(kind: type[_Record], folder: str, name: str) -> _Record:
     allowed = {f.name for f in fields(kind)} - {"name"}
     if unknown := set(content) - allowed:
         raise ArgumentError(f"'{name}' has unknown keys", got=", ".join(sorted(unknown)), allowed=", ".join(sorted(allowed)))
+    for key in (f.name for f in fields(kind) if f.type == "tuple[str, ...]" and f.name in content):
+        if not (isinstance(content[key], list) and all(isinstance(entry, str) for entry in content[key])):
+            raise ArgumentError(f"'{name}' has no list of texts for {key}", got=repr(content[key]), allowed=f'{key} = ["...", "..."]')
     try:
         record: Any = kind
         return record(name=file.stem.replace("_", "-"), **{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})  # type: ignore[no-any-return]

@@ -38,6 +38,9 @@ class SimulatedLayer(torch.nn.Module):
         weight = layer.weight.detach().float()
         grouped = isinstance(layer, torch.nn.Conv2d) and layer.groups > 1
         self.weight = weight if grouped else weight * factors.view(1, -1, *[1] * (weight.ndim - 2))
+        self.branch = None if state.up is None else (torch.from_numpy(state.up), torch.from_numpy(state.down))
+        if self.branch is not None:
+            self.weight = self.weight - self.branch[0] @ self.branch[1]
         self.weight_step = self._spread(torch.from_numpy(weight_scale(state.weight_amax, weight_bits)))
         self.top = 2 ** (weight_bits - 1) - 1
         if self.activation_bits < 16:
@@ -65,10 +68,11 @@ class SimulatedLayer(torch.nn.Module):
         return np.asarray(torch.round(self.read_weight().detach() / self.weight_step).to(torch.int8).numpy())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self._read(x.float() / self.factors) if self.activation_bits < 16 else x.float() / self.factors
-        weight = self.read_weight()
+        balanced = x.float() / self.factors
+        x, weight = self._read(balanced) if self.activation_bits < 16 else balanced, self.read_weight()
         if isinstance(self.layer, torch.nn.Linear):
-            return F.linear(x, weight, self.bias)
+            whole = F.linear(x, weight, self.bias)
+            return whole if self.branch is None else whole + F.linear(F.linear(balanced, self.branch[1]), self.branch[0])
         y: torch.Tensor = self.layer._conv_forward(x, weight, self.bias)
         return y
 

@@ -32,7 +32,7 @@ class LayerState:
     values of the input (of x itself) and the output are given by channel, as float32 vectors; a quantizer takes them
     times ``input_clip``, ``output_clip``. ``weight_amax`` bounds f w: [out], or [out, groups] of its input channels. ``codes``,
     int8 and shaped like the weight, are its rounding where that is not to nearest; ``bias`` [out] takes the place of the layer's
-    where it was learned.
+    where it was learned. ``up`` [out, rank] and ``down`` [rank, in] are a float branch: what is quantized is f w - up down.
     """
 
     factors: np.ndarray
@@ -45,6 +45,12 @@ class LayerState:
     output_clip: float = 1.0
     codes: np.ndarray | None = None
     bias: np.ndarray | None = None
+    up: np.ndarray | None = None
+    down: np.ndarray | None = None
+
+    def without_branch(self, weight: np.ndarray) -> np.ndarray:
+        """f w [out, in] less what the float branch computes."""
+        return weight if self.up is None or self.down is None else weight - self.up @ self.down
 
     def input_range(self, channels: slice = slice(None)) -> tuple[float, float]:
         """Lowest and highest value of x / f, clipped, over some channels or all."""
@@ -61,7 +67,8 @@ class LayerState:
         return low == high
 
 
-_ARRAYS = ("factors", "input_low", "input_high", "output_low", "output_high", "weight_amax", "codes", "bias")
+_ARRAYS = ("factors", "input_low", "input_high", "output_low", "output_high", "weight_amax", "codes", "bias", "up", "down")
+_OPTIONAL = ("codes", "bias", "up", "down")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +153,13 @@ def _entry(layer: LayerState) -> dict[str, Any]:
         "factors": {"low": float(layer.factors.min()), "high": float(layer.factors.max())},
         "weight_amax": float(layer.weight_amax.max()),
         "rounding": "nearest" if layer.codes is None else "codes",
+        "rank": 0 if layer.down is None else len(layer.down),
     }
 
 
 def _layer(name: str, entry: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> LayerState:
     parts = {part: vectors.get(f"{name}:{part}") for part in _ARRAYS}
-    if missing := [part for part, array in parts.items() if array is None and part not in ("codes", "bias")]:
+    if missing := [part for part, array in parts.items() if array is None and part not in _OPTIONAL]:
         raise KeyError(f"{name}:{missing[0]}")
     return LayerState(**parts, input_clip=entry["input"]["clip"], output_clip=entry["output"]["clip"])  # type: ignore[arg-type]
 

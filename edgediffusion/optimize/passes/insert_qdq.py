@@ -279,6 +279,7 @@ def _codes(layer: Layer, state: LayerState, weights: str, transposed: bool) -> n
         weight = layer.read_weight()
         if weight.ndim > 1 and weight.shape[1] == len(state.factors):
             weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+        weight = state.without_branch(weight)
         if weights == "fp8":
             codes = np.clip(weight / spread(e4m3_scale(state.weight_amax), weight.shape), -E4M3_MAX, E4M3_MAX)
         else:

@@ -36,7 +36,7 @@ def round_weights(job: Job) -> dict[str, LayerState]:
         for name in group:
             bits = job.bits(name)[0]
             layer, state = chosen[name], job.layers[name]
-            weight = _matrix(layer) * _columns(layer, state.factors)
+            weight = torch.from_numpy(state.without_branch((_matrix(layer) * _columns(layer, state.factors)).numpy()))
             step = torch.from_numpy(spread(weight_scale(state.weight_amax, bits), tuple(weight.shape))).double()
             codes, bias = gptq(weight, moments.pop(name), step.expand(weight.shape), 2 ** (bits - 1) - 1, _bias(layer))
             found[name] = replace(state, codes=_shaped(codes, layer), bias=None if bias is None else bias.float().numpy())
