@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 LAYER_OPS = ("Conv", "MatMul", "Gemm")
+ROTATION = ".rotation"  # ends the names of matrices that turn a layer's input (passes/rotate.py): products with them are no layers
 _RANKS = {"Conv": 4, "MatMul": 2, "Gemm": 2}
 
 
@@ -82,7 +83,7 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
             value = producer.inputs[0]
         if value is None or not value.is_initializer() or value.name is None or value.const_value is None:
             continue
-        if len(value.const_value.shape) != _RANKS[node.op_type]:
+        if len(value.const_value.shape) != _RANKS[node.op_type] or value.name.endswith(ROTATION):
             continue
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
         turned = transposed != bool(turns % 2)

@@ -94,7 +94,7 @@ def recipe_for(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
     if wanted is None:
         return own
     recipe = load_recipe(wanted)
-    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "eight", "split")
+    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "eight", "split", "rotate")
     differing = [field for field in fields if getattr(recipe, field) != getattr(own, field)]
     if differing:
         raise ArgumentError(
@@ -154,9 +154,11 @@ def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Jo
 
 
 def prepared_graph(file: Path, recipe: Recipe) -> Any:
-    """A float graph with the layers that a recipe quantizes: convolutions split where it asks for that."""
+    """A float graph with the layers that a recipe quantizes: split and rotated where it asks for that."""
+    from edgediffusion.optimize.passes.rotate import rotatable, rotate
     from edgediffusion.optimize.passes.split_concat import joined, split_concat
 
     model = load_graph(file)
     split_concat(model, joined(model, recipe))
+    rotate(model, rotatable(model, recipe))
     return model

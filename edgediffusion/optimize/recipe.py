@@ -33,12 +33,13 @@ _FORMATS = (*BITS, "float")
 class Recipe:
     """Number formats, the methods that calibration finds their parameters with, and the layers that are treated otherwise.
 
-    ``exclude``, ``eight`` and ``split`` are regular expressions for module paths: layers that stay float, layers that get int8
-    weights and activations whatever the others get, and convolutions that become one for each part of what they read, where
-    that is a concatenation. ``balance`` and ``rounding`` name files of those folders; ``ranges`` is
-    ``max``, the observed ones, ``mse``, those with the least squared error, or what nvidia-modelopt's algorithms find.
-    ``activations = "float"`` quantizes weights only; then ``group`` may give linear layers' weights a scale for every so many
-    input channels (0: one for all). ``rank`` gives linear layers of few bits a float branch of that rank. ``fp8`` is E4M3.
+    ``exclude``, ``eight``, ``split`` and ``rotate`` are regular expressions for module paths: layers that stay float, layers that
+    get int8 weights and activations whatever the others get, convolutions that become one for each part of what they read,
+    where that is a concatenation, and linear layers that read a Hadamard rotation of their input. ``balance`` and ``rounding``
+    name files of those folders; ``ranges`` is ``max``, the observed ones, ``mse``, those with the least squared error, or what
+    nvidia-modelopt's algorithms find. ``activations = "float"`` quantizes weights only; then ``group`` may give linear layers'
+    weights a scale for every so many input channels (0: one for all). ``rank`` gives linear layers of few bits a float branch
+    of that rank. ``fp8`` is E4M3.
     """
 
     name: str
@@ -52,10 +53,14 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
+    rotate: tuple[str, ...] = ()
     preset: str = ""
 
     def splits(self, layer: str) -> bool:
         return self.excludes(layer) is None and any(re.search(e, layer) for e in self.split)
+
+    def rotates(self, layer: str) -> bool:
+        return self.excludes(layer) is None and any(re.search(e, layer) for e in self.rotate)
 
     def excludes(self, layer: str) -> str | None:
         """The first expression that keeps ``layer`` float, or None."""
@@ -112,7 +117,7 @@ def load_recipe(name: str | Recipe) -> Recipe:
         known = registry.names(f"optimize.{folder}")
         if getattr(recipe, folder) not in known:
             raise UnknownName(f"{folder} method", getattr(recipe, folder), known)
-    for expression in (*recipe.exclude, *recipe.eight, *recipe.split):
+    for expression in (*recipe.exclude, *recipe.eight, *recipe.split, *recipe.rotate):
         try:
             re.compile(expression)
         except re.error as error:
