@@ -12,6 +12,7 @@ a = 0.1, 0.2, ..., 1. The first covers SmoothQuant's and AWQ's searches without 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,22 +20,40 @@ from edgediffusion.optimize.balance import balanced, input_amax, weight_amax
 from edgediffusion.optimize.observed import Observed
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What the error asks of a layer's weight: ``squares`` [in] over outputs and kernel, ``largest`` |w| [out, in] over the kernel."""
+
+    squares: np.ndarray
+    largest: np.ndarray
+    kernel: int
+
+    @classmethod
+    def of(cls, layer: Observed) -> Sums:
+        w = layer.weight.reshape(*layer.weight.shape[:2], -1)
+        squares = sum((row.astype(np.float64) ** 2).sum(1) for row in w)  # by output: in float64 a large weight is larger still
+        return cls(np.asarray(squares), np.abs(w).max(2), w.shape[2])
+
+
 def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:
-    return min(_candidates(layers), key=lambda f: sum(expected_error(layer, f, bits) for layer in layers))
+    known = [Sums.of(layer) for layer in layers]  # once: there are 21 candidates, and weights may be read from a file each time
+    return min(
+        _candidates(layers), key=lambda f: sum(expected_error(layer, f, bits, sums) for layer, sums in zip(layers, known, strict=True))
+    )
 
 
-def expected_error(layer: Observed, f: np.ndarray, bits: tuple[int, int]) -> float:
+def expected_error(layer: Observed, f: np.ndarray, bits: tuple[int, int], sums: Sums | None = None) -> float:
     """Variance that rounding adds to the layer's output, summed over its channels, for one position."""
-    weight_bits, activation_bits = bits
-    wide = f.astype(np.float64)
-    w = layer.weight.reshape(*layer.weight.shape[:2], -1).astype(np.float64)
     if layer.groups > 1:  # a depthwise weight has one input channel for each output
         return 0.0
+    sums = sums or Sums.of(layer)
+    weight_bits, activation_bits = bits
+    wide = f.astype(np.float64)
     low, high = (layer.input.low / wide).min(), (layer.input.high / wide).max()
     s = (max(high, 0) - min(low, 0)) / (2**activation_bits - 1)
-    from_activations = ((s * wide) ** 2 * (w**2).sum((0, 2))).sum() / 12
-    d = np.abs(w * wide[:, None]).max((1, 2)) / (2 ** (weight_bits - 1) - 1)
-    from_weights = (d**2).sum() * (layer.input.mean_square / wide**2).sum() * w.shape[2] / 12
+    from_activations = ((s * wide) ** 2 * sums.squares).sum() / 12
+    d = (sums.largest * wide).max(1) / (2 ** (weight_bits - 1) - 1)
+    from_weights = (d**2).sum() * (layer.input.mean_square / wide**2).sum() * sums.kernel / 12
     return float(from_activations + from_weights)
 
 
