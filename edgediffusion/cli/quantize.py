@@ -17,9 +17,15 @@ from edgediffusion.registry import names
     help=f"One of: {', '.join(names('optimize.recipes', '.toml'))}; or a TOML file; by default the one that the state was made for.",
 )
 @target_option(default="cpu-x86-64", show_default=True)
+@click.option(
+    "--sensitivity",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="A report of 'edgediffusion sensitivity': the layers that it keeps float, for its reasons.",
+)
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
-def command(bundle: Path, state: Path, recipe: str | None, target: str, output: Path, as_json: bool) -> None:
+def command(bundle: Path, state: Path, recipe: str | None, target: str, sensitivity: Path | None, output: Path, as_json: bool) -> None:
     """Give a BUNDLE's graphs the number formats of a recipe.
 
     The target says where its engine wants them quantized.
@@ -34,5 +40,5 @@ def command(bundle: Path, state: Path, recipe: str | None, target: str, output: 
     from edgediffusion.optimize import quantize
 
     with Progress() as progress:
-        made = quantize(Bundle.open(bundle), state, output, recipe=recipe, target=target, progress=progress)
+        made = quantize(Bundle.open(bundle), state, output, recipe=recipe, target=target, sensitivity=sensitivity, progress=progress)
     show_bundle(made, output, as_json=as_json)

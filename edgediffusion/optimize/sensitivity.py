@@ -1,0 +1,319 @@
+"""Sensitivity: what each layer's quantization costs in error and gains in time on the target, and which layers stay float for it.
+
+Both sides are measured: errors in the guided prediction (``sensitivity_errors``), times in the engine's own profile
+(``sensitivity_times``). The choice (``sensitivity_plan``) is made from these, then whole graphs are built and measured, since
+neither errors nor times need add up: what is told of a choice is what was measured of it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgediffusion import registry, targets
+from edgediffusion.bundle import Bundle, Component
+from edgediffusion.errors import ArgumentError, OutputError
+from edgediffusion.optimize.calibrate import read_prompts
+from edgediffusion.optimize.items import Drawing, check_drawing, draw_items
+from edgediffusion.optimize.quantize import check_formats, check_weights, recipe_for
+from edgediffusion.optimize.recipe import Placement, Recipe, load_placement
+from edgediffusion.optimize.sensitivity_bench import Bench, Trial
+from edgediffusion.optimize.sensitivity_plan import (
+    SIGNIFICANT,
+    LayerCost,
+    Steps,
+    first_that_holds,
+    is_ugly,
+    predicted_error,
+    predicted_ratio,
+    ranking,
+    share,
+)
+from edgediffusion.optimize.sensitivity_report import Point, Sensitivity
+from edgediffusion.optimize.state import QuantizationState
+from edgediffusion.runtimes.engine_manifest import host
+
+Progress = Callable[[str, float], None]
+_GRID = 4  # parts of the Pareto table between its measured rows
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a choice has to hold: an ``error`` of the guided prediction, relative, or a ``latency`` of a step over the float one's."""
+
+    kind: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """``samples`` items are drawn anew, by the calibration's own settings and another seed; ``runs`` are timed."""
+
+    samples: int = 16
+    runs: int = 40
+    prompts: Sequence[str] | None = None
+    threads: int | None = None
+
+
+def sensitivity(
+    bundle: Bundle,
+    state: str | Path | QuantizationState,
+    output: str | Path,
+    *,
+    source: str | Path | None = None,
+    recipe: str | Recipe | None = None,
+    target: str = "cpu-x86-64",
+    max_error: float | None = None,
+    max_latency: float | None = None,
+    request: Request | None = None,
+    progress: Progress = lambda label, part: None,
+) -> Sensitivity:
+    """Measure every layer that ``quantize`` would quantize, choose those that stay float, and write the report to ``output``.
+
+    Without a bound, layers stay float that are slower when quantized, as far as whole steps confirm it, and those that are
+    worth a decibel of the error each. ``max_error`` keeps as few layers float as hold it; ``max_latency`` as many. With the
+    ``source``, the diffusers folder that the bundle was exported from, errors of all layers come from a few passes in torch;
+    without, the engine runs a graph for each layer, which takes as many times as long.
+
+    Raises:
+        UnknownName: no such target or recipe. OutputError: ``output`` exists.
+        ArgumentError: both bounds, one that cannot be held (the message has the best that can), a state of other weights, a bundle
+        that is quantized already, no prompts, or an engine that cannot tell what each node takes.
+        BundleError: the quantized graph gives numbers that are not finite; the message names the layer.
+    """
+    request = request or Request()
+    bound = _bound(max_error, max_latency)
+    if Path(output).exists():
+        raise OutputError(f"The output '{output}' exists already", do="Choose another name, or remove it first.")
+    known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
+    job = _job(bundle, known, recipe, target)
+    items, record = _items(job, request, source, progress)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".sensitivity-") as folder:
+        bench = Bench(bundle, job.component, job.states, job.recipe, job.placement, job.engine, items, job.guidance_scale, Path(folder))
+        bench.open(runs=request.runs, threads=request.threads)
+        layers = _layers(job, bench, items, source, progress)
+        found = choose(layers, bench, bound, job.target, progress=progress)
+    found = replace(
+        found,
+        weights=known.weights,
+        state=known.digest,
+        recipe=job.recipe.name,
+        component=job.component.name,
+        measurement={
+            "items": record,
+            "runs": request.runs,
+            "engine": {job.engine_name: job.engine.version(), "threads": request.threads},
+            "host": asdict(host()),
+        },
+    )
+    found.save(Path(output))
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    bundle: Bundle
+    component: Component
+    state: QuantizationState
+    recipe: Recipe
+    placement: Placement
+    target: str
+    engine_name: str
+    engine: Any
+
+    @property
+    def states(self) -> dict[str, Any]:
+        prefix = f"{self.component.name}/"
+        return {name.removeprefix(prefix): layer for name, layer in self.state.layers.items() if name.startswith(prefix)}
+
+    @property
+    def guidance_scale(self) -> float | None:
+        return float(self.state.calibration["guidance_scale"])
+
+
+def _bound(max_error: float | None, max_latency: float | None) -> Bound | None:
+    if max_error is not None and max_latency is not None:
+        raise ArgumentError(
+            "An error and a latency cannot both be bounds: the one is held by keeping layers float, the other by not doing so",
+            got=f"an error of {max_error:g} and a latency of {max_latency:g}",
+            do="Give one, and read the other from the table.",
+        )
+    if max_error is not None and not 0 < max_error < np.inf:
+        raise ArgumentError("The largest error is a part of the prediction", got=max_error, allowed="more than 0, such as 0.02")
+    if max_latency is not None and not 0 < max_latency <= 1:
+        raise ArgumentError(
+            "The longest step is given as a part of the float one", got=max_latency, allowed="more than 0 and at most 1, such as 0.8"
+        )
+    if max_error is not None:
+        return Bound("error", max_error)
+    return None if max_latency is None else Bound("latency", max_latency)
+
+
+def _job(bundle: Bundle, state: QuantizationState, recipe: str | Recipe | None, target: str) -> _Job:
+    device = targets.load(target)
+    chosen = recipe_for(state, recipe)
+    denoisers = bundle.with_role("denoise")
+    if len(denoisers) != 1:
+        raise ArgumentError("Sensitivity needs a bundle with one denoiser", got=f"{len(denoisers)} of them")
+    check_weights(bundle, denoisers[0], state)
+    name = device.engines[0]
+    engine = registry.find("runtimes.engines", name, kind="engine")
+    if not hasattr(engine, "time_nodes"):
+        raise ArgumentError(f"The engine '{name}' of the target '{device.name}' cannot tell what each node of a graph takes")
+    placement = load_placement(device.placement)
+    check_formats(chosen, placement)
+    return _Job(bundle, denoisers[0], state, chosen, placement, device.name, name, engine)
+
+
+def _items(
+    job: _Job, request: Request, source: str | Path | None, progress: Progress
+) -> tuple[list[Mapping[str, np.ndarray]], Mapping[str, Any]]:
+    """Items that the calibration has not seen: drawn by its settings with the next seed."""
+    if request.samples < 1 or request.runs < 1:
+        raise ArgumentError("Sensitivity needs items and timed runs", got=f"{request.samples} and {request.runs}", allowed="1 and more")
+    prompts = list(request.prompts) if request.prompts is not None else read_prompts(job.bundle.path if source is None else Path(source))
+    made = job.state.calibration
+    drawing = Drawing("uniform", request.samples, len(made["counts"]), made["seed"] + 1, made["guidance_scale"], made["sampler"])
+    check_drawing(drawing, prompts)
+    drawn = draw_items(job.bundle, prompts, drawing, progress=progress)
+    return [item.feeds for item in drawn.items], drawn.record
+
+
+def _layers(
+    job: _Job, bench: Bench, items: Sequence[Mapping[str, np.ndarray]], source: str | Path | None, progress: Progress
+) -> tuple[LayerCost, ...]:
+    marked = bench.marked
+    if not marked.quantized:
+        raise ArgumentError(f"The recipe '{job.recipe.name}' quantizes no layer of this bundle: there is nothing to measure")
+    wanted = [name for name in marked.layers if name in marked.quantized]
+    integers = all("fp8" not in job.recipe.formats(name) for name in wanted)
+    if source is None or not integers:
+        errors = bench.errors(wanted, progress)
+    else:
+        from edgediffusion.optimize.sensitivity_errors import Quantization, errors_of_source
+
+        quantization = Quantization(job.states, job.recipe, job.placement, wanted, marked.quantized_outputs)
+        of_source = (job.bundle, job.component, Path(source), items, quantization)
+        errors = errors_of_source(*of_source, guidance_scale=job.guidance_scale, progress=lambda part: progress("errors by layer", part))
+    times = bench.times(progress)
+    return tuple(LayerCost(name, errors.get(name, 0.0), *times.get(name, ())) for name in wanted)
+
+
+def choose(
+    layers: Sequence[LayerCost], bench: Any, bound: Bound | None, target: str, *, progress: Progress = lambda label, part: None
+) -> Sensitivity:
+    """Which of ``layers`` stay float. ``bench`` measures a choice: ``bench.trial(kept) -> Trial``, ``bench.steps -> Steps``.
+
+    Raises:
+        ArgumentError: the bound cannot be held.
+    """
+    order = [layer.name for layer in ranking(layers)]
+    slower = [layer.name for layer in ranking(layers) if layer.is_slower]
+    notes: list[str] = []
+    done = 0
+
+    def trial(kept: Collection[str]) -> Trial:
+        nonlocal done
+        done += 1
+        progress("whole graphs", done / (done + 3))  # how many there will be is known at the end
+        found: Trial = bench.trial(frozenset(kept))
+        return found
+
+    trial(())
+    if bound is None:
+        kept = _two_sided(layers, slower, trial, notes)
+    elif bound.kind == "error":
+        kept = _hold_error(order, len(slower), bound.value, trial)
+    else:
+        kept = _hold_latency(order, len(slower), bound.value, trial)
+    for part in range(_GRID):
+        trial(order[: len(slower) + (len(order) - len(slower)) * part // _GRID])
+    chosen = trial(kept)
+    progress("whole graphs", 1.0)
+    if bound is None and chosen.ratio.value - 1 > SIGNIFICANT * chosen.ratio.noise:
+        notes.append(
+            f"A step takes {chosen.ratio.value:.2f} of the float one's time even so: on this machine quantizing saves memory, not time."
+        )
+    reasons = {name: _reason(layer, layers, name in slower, bound, target) for layer in layers if (name := layer.name) in kept}
+    points = _points(layers, order, bench, frozenset(kept), len(slower))
+    stated = {} if bound is None else {bound.kind: bound.value}
+    return Sensitivity("", "", "", target, "", reasons, tuple(layers), points, stated, tuple(notes))
+
+
+def _two_sided(layers: Sequence[LayerCost], slower: Sequence[str], trial: Callable[[Collection[str]], Trial], notes: list[str]) -> set[str]:
+    """Layers that are slower, if whole steps do not say otherwise; and those that are ugly."""
+    kept = set(slower)
+    if slower:
+        step = trial(slower).to_quantized
+        if step.value - 1 > SIGNIFICANT * step.noise:
+            notes.append(
+                f"{len(slower)} layers are slower alone when quantized, yet with them float a step takes {step.value:.3f} ± "
+                f"{step.noise:.3f} of the time that it takes with all quantized: they are quantized."
+            )
+            kept = set()
+    return kept | {layer.name for layer in layers if is_ugly(layer, layers)}
+
+
+def _hold_error(order: Sequence[str], free: int, bound: float, trial: Callable[[Collection[str]], Trial]) -> set[str]:
+    last = max(len(order) - 1, 0)
+    free = min(free, last)
+    found = first_that_holds(lambda count: trial(order[:count]).error <= bound, free, last)
+    if found is None:
+        raise ArgumentError(
+            f"No choice of layers holds the error of {bound:g}",
+            got=f"{trial(order[:last]).error:.3g} with one layer quantized, {trial(()).error:.3g} with all {len(order)}",
+            do="Allow a larger error, use a recipe of more bits, or the float bundle.",
+        )
+    return set(order[:found])
+
+
+def _hold_latency(order: Sequence[str], free: int, bound: float, trial: Callable[[Collection[str]], Trial]) -> set[str]:
+    last = max(len(order) - 1, 0)
+    free = min(free, last)
+    fastest = min(trial(order[:free]).ratio.value, trial(()).ratio.value)
+    if fastest > bound:
+        raise ArgumentError(
+            f"No choice of layers holds a step of {bound:g} of the float one's time",
+            got=f"{fastest:.3f} for the fastest, with {free} of {len(order)} layers float",
+            do="Allow a longer step, or use another recipe or target.",
+        )
+    beyond = first_that_holds(lambda count: trial(order[:count]).ratio.value > bound, free, last)
+    return set(order[: last if beyond is None else max(beyond - 1, 0)])
+
+
+def _reason(layer: LayerCost, layers: Sequence[LayerCost], slower: bool, bound: Bound | None, target: str) -> str:
+    alone = f"quantized alone it changes the prediction by {layer.error:.2%}"
+    if slower:
+        return f"slower when quantized: {1e3 * (layer.quantized_ms or 0):.0f} us for {1e3 * (layer.float_ms or 0):.0f} us on {target}"
+    if bound is None:
+        return f"{alone}, {share(layer, layers):.0%} of the squared error of all layers"
+    if bound.kind == "error":
+        return f"needed to hold the error of {bound.value:.2%}: {alone}"
+    return f"a step of {bound.value:g} of the float one's time leaves time for it: {alone}"
+
+
+def _points(layers: Sequence[LayerCost], order: Sequence[str], bench: Any, kept: frozenset[str], free: int) -> tuple[Point, ...]:
+    """The first k of ``order`` float, for every k; and ``kept``, where that is none of them."""
+    steps: Steps = bench.steps
+    choices = [frozenset(order[:count]) for count in range(len(order) + 1)]
+    if kept not in choices:
+        choices.insert(len(kept) + 1, kept)
+    points = []
+    for choice in choices:
+        labels = {frozenset(): "all quantized", frozenset(order[:free]): "the slower ones float", frozenset(order): "all float"}
+        label = ", ".join(
+            text for text in (labels.get(choice, "") if choice or free else "all quantized", "chosen" * (choice == kept)) if text
+        )
+        point = Point(len(choice), label, predicted_error(layers, choice), predicted_ratio(layers, choice, steps))
+        if len(choice) == len(order):
+            point = replace(point, error=0.0, ratio=1.0, noise=0.0)
+        elif (found := bench.known(choice)) is not None:
+            point = replace(point, error=found.error, ratio=found.ratio.value, noise=found.ratio.noise)
+        points.append(point)
+    return tuple(points)
