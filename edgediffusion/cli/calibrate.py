@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from edgediffusion.cli._errors import CANCELLED
-from edgediffusion.cli._options import bundle_argument, guidance_option, json_option, output_option, seed_option, source_option
+from edgediffusion.cli._options import bundle_argument, guidance_option, json_option, output_option, seed_option
 from edgediffusion.registry import names
 
 
@@ -24,7 +24,12 @@ def _options(_context: click.Context, _parameter: click.Parameter, given: tuple[
 
 @click.command()
 @bundle_argument
-@source_option
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The diffusers folder that the bundle was exported from. With it, layers are observed in torch, as recipes need that learn.",
+)
 @click.option(
     "--recipe",
     default="int8",
@@ -49,7 +54,7 @@ def _options(_context: click.Context, _parameter: click.Parameter, given: tuple[
     "--prompts",
     type=click.File(encoding="utf-8"),
     default=None,
-    help="A text file with one prompt a line, '-' for standard input; by default prompts.txt in the source.",
+    help="A text file with one prompt a line, '-' for standard input; by default prompts.txt in the source or the bundle.",
 )
 @guidance_option
 @seed_option
@@ -58,12 +63,14 @@ def _options(_context: click.Context, _parameter: click.Parameter, given: tuple[
 def command(bundle: Path, prompts: Iterable[str] | None, output: Path, as_json: bool, **settings: Any) -> None:
     """Find how to quantize a BUNDLE's layers.
 
-    What they see is measured along real sampling trajectories of the pipeline that the bundle was exported from. A run that is
-    stopped goes on from its finished parts when the same command is given again.
+    What they see is measured along real sampling trajectories of the pipeline that the bundle was exported from: in the bundle's own
+    graph, without torch, or in the source's network. A run that is stopped goes on from its finished parts when the same command is
+    given again.
 
     \b
     Example:
-      edgediffusion calibrate bundle --source my-pipeline --recipe int8 --samples 128 -o state
+      edgediffusion calibrate bundle --prompts prompts.txt --recipe int8 --samples 128 -o state
+      edgediffusion calibrate bundle --source my-pipeline --recipe w4a8 -o state-4
       edgediffusion calibrate bundle --source my-pipeline --strategy ndtc --option variant=paper -o paper
     """
     from edgediffusion.bundle import Bundle

@@ -1,17 +1,27 @@
-"""Calibrate: draw with the float bundle, keep what the denoiser was fed, and find the ranges of its layers."""
+"""Calibrate: draw with the float bundle, keep what the denoiser was fed, and find the ranges of its layers.
+
+Layers are observed in the bundle's own graph by ONNX Runtime or, where the source is given, in its network by torch: that is
+what recipes need whose methods learn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError, OutputError
 from edgediffusion.optimize import parts
 from edgediffusion.optimize.items import Drawing, Drawn, Tell, check_drawing, draw_items
+from edgediffusion.optimize.measure import check_graph_recipe, measure, measure_graph
 from edgediffusion.optimize.recipe import Recipe, load_recipe
 from edgediffusion.optimize.state import LayerState, QuantizationState, weights_digest
+from edgediffusion.registry import find
+
+if TYPE_CHECKING:
+    from edgediffusion.export.source import Source
 
 Progress = Callable[[str, float], None]
 PROMPTS = "prompts.txt"
@@ -20,8 +30,8 @@ PROMPTS = "prompts.txt"
 def calibrate(
     bundle: Bundle,
     *,
-    source: str | Path,
     output: str | Path,
+    source: str | Path | None = None,
     strategy: str = "uniform",
     samples: int = 128,
     steps: int | None = None,
@@ -37,58 +47,73 @@ def calibrate(
     """Find the ranges of the denoiser's layers and write them to ``output``.
 
     ``samples`` items are drawn with the sampler, steps and guidance of the deployment (by default the bundle's own),
-    at the steps that ``strategy`` chooses, a name with ``options``. ``prompts`` are by default the lines of
-    ``prompts.txt`` in the source. A run that was stopped keeps its finished batches beside ``output``; the same call goes
-    on from them and ends in the same bytes. ``recipe`` is a name, the path of a TOML file, or a Recipe: number formats, and the
-    methods that find their parameters. ``tell`` gets sentences for a person, such as that it did.
+    at the steps that ``strategy`` chooses, a name with ``options``. ``source`` is the diffusers folder that the bundle was exported
+    from: with it, layers are observed by torch; without, by ONNX Runtime, which serves recipes that learn nothing. ``prompts``
+    are by default the lines of ``prompts.txt`` in the source, or in the bundle. A run that was stopped keeps its finished batches
+    beside ``output``; the same call goes on from them and ends in the same bytes. ``recipe`` is a name, the path of a TOML file, or
+    a Recipe: number formats, and the methods that find their parameters. ``tell`` gets sentences for a person, such as that it did.
 
     Raises:
-        UnknownName: no such strategy, sampler or recipe. ArgumentError: samples, steps, prompts or options that cannot be used, or
-        the bundle is of another source. Cancelled: Ctrl-C, where finished batches are kept.
+        UnknownName: no such strategy, sampler or recipe. ArgumentError: samples, steps, prompts or options that cannot be used, the
+        bundle is of another source, or the recipe needs one. Cancelled: Ctrl-C, where finished batches are kept.
         OutputError: ``output`` exists. MissingExtra: the extra ``optimize`` is not installed.
     """
     chosen = load_recipe(recipe)
     if Path(output).exists():
         raise OutputError(f"The output '{output}' exists already", do="Choose another name, or remove it first.")
-    from edgediffusion.export.source import Source
-
-    origin = Source.open(Path(source))
     _denoisers(bundle)
-    texts = list(prompts) if prompts is not None else read_prompts(Path(source))
+    origin = None if source is None else _source(Path(source))
+    if origin is None:
+        check_graph_recipe(chosen)
+    texts = list(prompts) if prompts is not None else read_prompts(bundle.path if source is None else Path(source))
     drawing = Drawing(strategy, samples, steps, seed, guidance_scale, sampler, options or {})
     check_drawing(drawing, texts)  # before all weights are read for their hashes
-    _same_source(bundle, origin)
+    if origin is not None:
+        _same_source(bundle, origin)
     with parts.beside(Path(output)) as keep:
         drawn = draw_items(bundle, texts, drawing, keep=keep, tell=tell, progress=progress)
-        state = state_of(bundle, origin, drawn, chosen, progress=progress)
+        state = state_of(bundle, origin, drawn, chosen, folder=keep, progress=progress)
         state.save(Path(output))
     return state
 
 
 def state_of(
-    bundle: Bundle, source: object, drawn: Drawn, recipe: Recipe, *, progress: Progress = lambda label, part: None
+    bundle: Bundle,
+    source: Source | None,
+    drawn: Drawn,
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    progress: Progress = lambda label, part: None,
 ) -> QuantizationState:
     """The state of the bundle's denoiser for a recipe, from items that are drawn already.
 
-    ``source`` is the opened ``export.source.Source`` that the bundle was exported from.
+    ``source`` is the opened source that the bundle was exported from; without it, the bundle's graph is observed, and a copy
+    of it, its weights linked, lies in ``folder`` meanwhile.
+
+    Raises:
+        ArgumentError: a layer gives values that are no finite numbers, or the recipe needs a source.
     """
     (component,) = _denoisers(bundle)
-    layers = _measure(source, component, drawn, recipe, progress)
+    if source is None:
+        items = [(item.step, item.feeds) for item in drawn.items]
+        layers = measure_graph(bundle, component, items, recipe, folder=folder, progress=progress)
+        observer, versions = "onnxruntime", {"onnxruntime": find("runtimes.engines", "onnxruntime").version()}
+    else:
+        layers = _measure(source, component, drawn, recipe, progress)
+        observer, versions = "torch", {tool: version(tool) for tool in ("torch", "diffusers")}
     return QuantizationState(
         weights=weights_digest(bundle, component),
-        calibration=drawn.record,
+        calibration={**drawn.record, "observer": observer},
         layers={f"{component.name}/{name}": layer for name, layer in layers.items()},
         recipe=recipe.to_json(),
-        versions={tool: version(tool) for tool in ("torch", "diffusers")},
+        versions=versions,
     )
 
 
-def _measure(source: object, component: Component, drawn: Drawn, recipe: Recipe, progress: Progress) -> dict[str, LayerState]:
+def _measure(source: Source, component: Component, drawn: Drawn, recipe: Recipe, progress: Progress) -> dict[str, LayerState]:
     from edgediffusion.export.families import family_of
-    from edgediffusion.export.source import Source
-    from edgediffusion.optimize.measure import measure
 
-    assert isinstance(source, Source)
     part = next(p for p in family_of(source)[1].parts(source) if p.name == component.name)
     network = source.load(part.network)
     module = part.wrap(network)
@@ -107,13 +132,17 @@ def _denoisers(bundle: Bundle) -> tuple[Component, ...]:
     return found
 
 
-def _same_source(bundle: Bundle, source: object) -> None:
+def _source(folder: Path) -> Source:
+    from edgediffusion.export.source import Source
+
+    return Source.open(folder)
+
+
+def _same_source(bundle: Bundle, source: Source) -> None:
     """Refuse a source that the bundle was not exported from: its ranges would be those of other weights."""
     from edgediffusion.export.families import family_of
-    from edgediffusion.export.source import Source
     from edgediffusion.files import sha256
 
-    assert isinstance(source, Source)
     networks = {part.network for part in family_of(source)[1].parts(source)}
     digest = source.digest({file: sha256(file) for name in networks for file in source.checkpoint(name).files})
     stated = next((verb.arguments.get("source") for verb in bundle.history if verb.name == "export"), None)
@@ -124,17 +153,17 @@ def _same_source(bundle: Bundle, source: object) -> None:
         )
 
 
-def read_prompts(source: Path) -> list[str]:
-    """The lines of ``prompts.txt`` in the source that are not empty.
+def read_prompts(folder: Path) -> list[str]:
+    """The lines of ``prompts.txt`` in a source or a bundle that are not empty.
 
     Raises:
         ArgumentError: there is no such file, nothing in it, or it is no text.
     """
-    file = source / PROMPTS
+    file = folder / PROMPTS
     if not file.is_file():
         raise ArgumentError(
             "Calibration draws pictures and has no prompts for them",
-            got=f"no {PROMPTS} in '{source}'",
+            got=f"no {PROMPTS} in '{folder}'",
             do="Give a file with one prompt on each line: --prompts FILE",
         )
     try:

@@ -106,10 +106,10 @@ def check_graph_recipe(recipe: Recipe) -> None:
         needs.append(f"ranges 'mse' of {recipe.activations} activations")
     if needs:
         raise ArgumentError(
-            f"The recipe '{recipe.name}' has methods that need the network itself, which is in the source and not in the bundle",
+            f"The recipe '{recipe.name}' has methods that work on the network in torch, not on a graph",
             got=", ".join(needs),
             allowed="without a source: rounding 'nearest'; ranges 'max', or 'mse' with activations of 8 bits or float",
-            do="Name the diffusers folder that the bundle was exported from: --source FOLDER",
+            do="Give the diffusers folder that the bundle was exported from: --source FOLDER",
         )
 
 

@@ -103,13 +103,16 @@ def test_calibrate(library: Callable[..., Library], bundle: Bundle, tmp_path: Pa
     }
     assert result.stdout == "state: 1 layers for the recipe int8\n"
     assert callable(tell)
+    run("calibrate", bundle.path, "-o", "state")
+    assert calibrate.settings["source"] is None
+    assert calibrate.settings["prompts"] is None
 
 
 def test_quantize(library: Callable[..., Library], bundle: Bundle) -> None:
     quantize = library("edgediffusion.optimize", "quantize")
     run("quantize", bundle.path, "--state", "state", "-o", "out")
     assert quantize.arguments == (bundle, Path("state"), Path("out"))
-    assert quantize.settings == {"recipe": None, "target": "cpu-x86-64"}
+    assert quantize.settings == {"recipe": None, "target": "cpu-x86-64", "sensitivity": None}
 
 
 def test_build(library: Callable[..., Library], bundle: Bundle) -> None:
