@@ -27,6 +27,7 @@ from edgediffusion.export.weights import attach
 from edgediffusion.files import sha256
 
 MODEL = "model.onnx"
+PROMPTS = "prompts.txt"  # those that a source recommends for calibration
 _ORIGINS = ("_name_or_path", "name_or_path")
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript")
 
@@ -53,6 +54,8 @@ def write_bundle(source: Source, folder: Path, *, dtype: str, opset: int, link: 
     if progress is not None:
         progress("hashing", 1.0)
     _copy_index(source, folder, family)
+    if (source.path / PROMPTS).is_file():
+        _copy_file(source.path / PROMPTS, folder / PROMPTS)
     digests = {file: sha256(file) for checkpoint in checkpoints.values() for file in checkpoint.files}
     arguments = {"pipeline": source.class_name, "source": source.digest(digests), "dtype": dtype, "opset": opset}
     history = (Verb("export", arguments, {tool: version(tool) for tool in _TOOLS}),)
