@@ -168,8 +168,8 @@ class _Observers:
 
 
 def _layers(file: Path, watched: Sequence[_Watched]) -> dict[str, Observed]:
+    from edgediffusion.optimize.graph_file import load_graph
     from edgediffusion.optimize.graph_layers import find_layers
-    from edgediffusion.optimize.quantize import load_graph
 
     found: dict[str, Observed] = {}
     for layer in find_layers(load_graph(file).graph):

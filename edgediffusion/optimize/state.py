@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgediffusion.bundle import Bundle, Component
-from edgediffusion.errors import ArgumentError, BundleError
+from edgediffusion.errors import ArgumentError
 from edgediffusion.files import dump_json, new_folder
 
 FORMAT = 2
@@ -137,12 +137,15 @@ class QuantizationState:
 
 
 def weights_digest(bundle: Bundle, component: Component) -> str:
-    """Identity of a component's weights: the hash over the sha256 of its weight files in the bundle."""
+    """Identity of a component's weights: the hash over the sha256 of its weight files in the bundle.
+
+    Without .safetensors files, as graphs of other exporters come, weights lie in the graph or in a file of any name beside it: then
+    all files of the component but texts count.
+    """
     folder = component.model.rsplit("/", 1)[0] + "/"
-    hashes = sorted(f.sha256 for name, f in bundle.files.items() if name.startswith(folder) and name.endswith(".safetensors"))
-    if not hashes:
-        raise BundleError(f"The component '{component.name}' has no .safetensors weights in its folder")
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hashes = {name: f.sha256 for name, f in bundle.files.items() if name.startswith(folder) and not name.endswith((".json", ".txt"))}
+    weights = [sha256 for name, sha256 in hashes.items() if name.endswith(".safetensors")]
+    return hashlib.sha256("".join(sorted(weights or hashes.values())).encode()).hexdigest()
 
 
 def _entry(layer: LayerState) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from training import networks
 
 PROMPTS = ["a red shirt", "a pair of blue shoes", "a bag"]
 SETTINGS = {"strategy": "tdac", "samples": 40, "steps": 3, "seed": 7, "guidance_scale": 3.0}
+WITHOUT = ("torch", "diffusers", "transformers", "modelopt", "onnxscript")
 LEAVE_OUT_THE_DECODER = """
 from edgediffusion.export.families import stable_diffusion as family
 parts = family.parts
@@ -94,6 +95,35 @@ def test_the_state_says_how_its_items_were_drawn(source, undisturbed):
     assert record["options"] == {"setting": "auto", "radius": None, "variety": None, "cut": "mid_block.attentions.0"}
     assert sum(record["counts"]) == 40
     assert len(record["counts"]) == 3
+
+
+def test_without_the_source_layers_see_what_torch_sees(tmp_path, source, bundle, undisturbed):
+    """The graph is the network, to float32's rounding: every range, and what is made of them."""
+    found = calibrate(bundle, output=tmp_path / "state", **SETTINGS)
+    expected = QuantizationState.load(source.parent / "undisturbed")
+    assert (found.calibration["observer"], expected.calibration["observer"]) == ("onnxruntime", "torch")
+    assert set(found.versions) == {"onnxruntime"}
+    assert {**found.calibration, "observer": "torch"} == expected.calibration
+    assert found.layers.keys() == expected.layers.keys()
+    for name, layer in expected.layers.items():
+        for part in ("input_low", "input_high", "output_low", "output_high"):
+            seen, there = getattr(found.layers[name], part), getattr(layer, part)
+            np.testing.assert_allclose(seen, there, atol=1e-4 * np.abs(there).max(), err_msg=f"{name}: {part}")
+
+
+def test_without_torch_a_stopped_run_goes_on_and_ends_in_the_same_bytes(tmp_path, bundle):
+    calibrate(bundle, output=tmp_path / "undisturbed", **SETTINGS)
+    output = tmp_path / "state"
+    with pytest.raises(Cancelled):
+        calibrate(bundle, output=output, progress=interrupt_after(0.5), **SETTINGS)
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    script = f"import sys\nsys.modules.update(dict.fromkeys({WITHOUT}))\nfrom edgediffusion.cli import main\nmain(sys.argv[1:])"
+    arguments = ["calibrate", str(bundle.path), *settings, "-o", str(output)]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "16 of 40 items were there already" in done.stderr
+    assert content(output) == content(tmp_path / "undisturbed")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state", "undisturbed"]
 
 
 def test_ctrl_c_keeps_what_there_is_and_the_same_call_ends_in_the_same_bytes(tmp_path, source, bundle, undisturbed):
@@ -187,6 +217,10 @@ def test_an_output_that_exists_is_refused_before_anything_is_drawn(tmp_path, sou
 )
 def test_bad_settings_are_refused_and_nothing_stays(tmp_path, source, bundle, settings, message):
     refused(ArgumentError, message, bundle, source, tmp_path / "state", **settings)
+
+
+def test_a_recipe_that_learns_says_that_it_needs_the_source(tmp_path, bundle):
+    refused(ArgumentError, "rounding 'straight-through'.*--source FOLDER", bundle, None, tmp_path / "state", recipe="w4a8")
 
 
 @pytest.mark.parametrize(

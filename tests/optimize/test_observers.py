@@ -13,11 +13,14 @@ import pytest
 
 from edgediffusion.bundle import Bundle, Component, TensorSpec, write
 from edgediffusion.errors import ArgumentError
+from edgediffusion.optimize.calibrate import state_of
+from edgediffusion.optimize.collect import Item
 from edgediffusion.optimize.graph_layers import find_layers
+from edgediffusion.optimize.items import Drawn
 from edgediffusion.optimize.measure import check_graph_recipe, measure_graph
 from edgediffusion.optimize.observers import OUTPUT, _write_graph, observe_graph
-from edgediffusion.optimize.passes.insert_qdq import insert_qdq
-from edgediffusion.optimize.recipe import Placement, Recipe, load_recipe
+from edgediffusion.optimize.quantize import quantize
+from edgediffusion.optimize.recipe import Recipe, load_recipe
 
 # A convolution; two products that read one tensor, one with a bias behind it; a Gemm. Weights as torch's exporter leaves them, and
 # `folded` as those leave them that fold the transposition: [in, out], under a name of the exporter's own.
@@ -184,21 +187,19 @@ def test_a_graph_without_layers_is_refused(make, items):
         observe_graph(bundle, COMPONENT, items)
 
 
-@pytest.mark.parametrize("channel_scales", [False, True])
-def test_a_foreign_graph_is_quantized_by_what_its_observers_saw(make, items, channel_scales):
-    """Weights that are stored [in, out] and have no module's name are layers as any other."""
+def test_a_foreign_bundle_goes_the_whole_way(make, items, tmp_path):
+    """Without .safetensors, weights that are stored [in, out], a layer without a module's name: calibrated and quantized as any other."""
     bundle = make()
-    states = measure_graph(bundle, COMPONENT, items, INT8)
-    file = bundle.path / COMPONENT.model
-    model = ir.from_proto(onnx.load(file))
-    placement = Placement("cpu", "uint8", ("Conv", "MatMul", "Gemm"), ("Conv",), channel_scales=channel_scales)
-    assert insert_qdq(model, states, INT8, placement).quantized == ("conv", "linear", "folded", "last")
-    quantized = ir.to_proto(model)
-    onnx.checker.check_model(quantized, full_check=True)
-    feeds = items[0][1]
+    drawn = Drawn(tuple(Item(step, "", feeds) for step, feeds in items), {"guidance_scale": 1.0, "seed": 0})
+    state = state_of(bundle, None, drawn, INT8)
+    assert state.calibration["observer"] == "onnxruntime"
+    state.save(tmp_path / "state")
+    quantized = quantize(bundle, tmp_path / "state", tmp_path / "int8")
+    assert quantized.history[-1].arguments["layers"] == {"unet": {"quantized": 4, "float": {}}}
+    assert sorted(p.name for p in (quantized.path / "unet").iterdir()) == ["model.onnx", "quantized.safetensors"]
     found, expected = (
-        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
-        for m in (quantized, onnx.load(file))
+        onnxruntime.InferenceSession(str(b.path / "unet" / "model.onnx"), providers=["CPUExecutionProvider"]).run(None, items[0][1])[0]
+        for b in (quantized, bundle)
     )
     # Four int8 tensors in a row, each wrong by at most half of 1/127 of its range: 3 % of the result's norm is ample.
     assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
