@@ -18,6 +18,12 @@ from edgediffusion.registry import names
 )
 @target_option(default="cpu-x86-64", show_default=True)
 @click.option(
+    "--placement",
+    default=None,
+    help="Where Q/DQ nodes stand, by default as the target's engine wants them. "
+    f"One of: {', '.join(names('optimize.placements', '.toml'))}; or a TOML file.",
+)
+@click.option(
     "--sensitivity",
     default=None,
     type=click.Path(path_type=Path),
@@ -25,7 +31,9 @@ from edgediffusion.registry import names
 )
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
-def command(bundle: Path, state: Path, recipe: str | None, target: str, sensitivity: Path | None, output: Path, as_json: bool) -> None:
+def command(
+    bundle: Path, state: Path, recipe: str | None, target: str, placement: str | None, sensitivity: Path | None, output: Path, as_json: bool
+) -> None:
     """Give a BUNDLE's graphs the number formats of a recipe.
 
     The target says where its engine wants them quantized.
@@ -40,5 +48,14 @@ def command(bundle: Path, state: Path, recipe: str | None, target: str, sensitiv
     from edgediffusion.optimize import quantize
 
     with Progress() as progress:
-        made = quantize(Bundle.open(bundle), state, output, recipe=recipe, target=target, sensitivity=sensitivity, progress=progress)
+        made = quantize(
+            Bundle.open(bundle),
+            state,
+            output,
+            recipe=recipe,
+            target=target,
+            placement=placement,
+            sensitivity=sensitivity,
+            progress=progress,
+        )
     show_bundle(made, output, as_json=as_json)

@@ -165,7 +165,10 @@ def recipe_of(stated: Mapping[str, Any]) -> Recipe:
     return Recipe(**fields_of)
 
 
-def load_placement(name: str) -> Placement:
+def load_placement(name: str | Placement) -> Placement:
+    """A placement by name, or by the path of a TOML file (UnknownName, ArgumentError)."""
+    if isinstance(name, Placement):
+        return name
     return _check(_load(Placement, "placements", name), activations=("uint8", "int8"), int4=("int4", "int8"))
 
 
