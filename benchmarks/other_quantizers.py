@@ -1,0 +1,278 @@
+"""The same model and bits with other tools, in one run, against ours: python benchmarks/other_quantizers.py fashion
+
+Every tool gets the same float32 graph and the same 256 calibration items, quantizes to W8A8 as its own documents say
+(_peers.py), and runs on the engine it is made for. Quality: pictures of the judge's prompts, the bundle's own sampler, 20 steps,
+guidance 3, against the float pipeline's from the same noise. Latency: one guided step of one picture (two rows), all variants in
+turn in one process; ratios of medians are to float32 on ONNX Runtime.
+
+ONNX Runtime runs others' graphs as it runs ours (without MatMulAddFusion), with all of its optimizers, and without
+QDQPropagationTransformer; the fastest counts.
+The tools live in an environment of their own, which is made under ``--work`` (1.6 GB) beside the graphs and items; a later run
+finds them there. Rows that are in the results already are not drawn again; ``--fresh`` begins anew, ``--timing`` only times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import _peers
+import numpy as np
+from _peers_engines import ENGINES, open_foreign, plain_graph, use_library
+from _report import REFERENCE, RESULTS, save
+from quantization import BATCH, GUIDANCE, SAMPLES, STEPS, _figures
+
+from edgediffusion import registry, text
+from edgediffusion.bundle import Bundle
+from edgediffusion.cli._progress import Progress
+from edgediffusion.errors import EngineError
+from edgediffusion.export import export
+from edgediffusion.export.source import Source
+from edgediffusion.files import new_folder
+from edgediffusion.optimize import quantize
+from edgediffusion.optimize.calibrate import state_of
+from edgediffusion.optimize.items import Drawing, Drawn, draw_items
+from edgediffusion.optimize.recipe import load_placement, load_recipe
+from edgediffusion.profiles import judges
+from edgediffusion.profiles.latency import _time_in_turn
+from edgediffusion.profiles.quality import Reference
+from edgediffusion.runtimes import Pipeline
+from edgediffusion.runtimes.engines import Binding
+from edgediffusion.runtimes.graph import open_graphs
+
+HEAD = ("model", "tool", "engine", "PSNR median", "worst", "SSIM", "Fréchet", "agreement", "step", "p10..p90", "size")
+FLOAT = ("float32", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A quantized denoiser: ``maker`` is a tool of _peers.py, or one of our recipes on a placement (``recipe@placement``)."""
+
+    tool: str
+    maker: str
+    engine: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.tool, self.engine
+
+
+VARIANTS = (
+    Variant("float32", "", "onnxruntime"),
+    Variant("float32", "", "openvino"),
+    Variant("edgediffusion int8", "int8@onnxruntime-cpu", "onnxruntime"),
+    Variant("edgediffusion int8", "int8@openvino", "openvino"),
+    Variant("onnxruntime static, MinMax", "onnxruntime-minmax", "onnxruntime"),
+    Variant("onnxruntime static, Percentile", "onnxruntime-percentile", "onnxruntime"),
+    Variant("nncf, of ONNX", "nncf-onnx", "onnxruntime"),
+    Variant("nncf, of OpenVINO", "nncf-openvino", "openvino"),
+    Variant("modelopt, entropy", "modelopt-entropy", "onnxruntime"),
+    Variant("modelopt, max", "modelopt-max", "onnxruntime"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("fashion", "fashion-dit"))
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--runs", type=int, default=60, help="timed steps of each variant")
+    parser.add_argument("--work", type=Path, help="where environment, graphs and items are made and found again; else a temporary folder")
+    parser.add_argument("--timing", action="store_true", help="time the variants, and leave their pictures as they are in the results")
+    parser.add_argument("--fresh", action="store_true")
+    arguments = parser.parse_args()
+    name = f"other_quantizers_{arguments.model.replace('-', '_')}"
+    facts = {"pictures": arguments.pictures, "steps": STEPS, "guidance_scale": GUIDANCE, "samples": SAMPLES, "packages": _peers.PACKAGES}
+    rows = {} if arguments.fresh else _known(name, arguments.pictures)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(arguments.model, (arguments.work or Path(folder)).resolve(), arguments.pictures)
+        for variant in [] if arguments.timing else [v for v in bench.variants if v.key not in rows]:
+            rows[variant.key] = {"model": arguments.model, "tool": variant.tool, "engine": variant.engine, **bench.score(variant)}
+            save(name, {**facts, "rows": [*rows.values()]})
+        timed = bench.times([v for v in bench.variants if "bytes" in rows.get(v.key, {})], arguments.runs)
+    for key, step in timed.items():
+        rows[key]["step"] = step
+    save(name, {**facts, "runs": arguments.runs, "rows": [*rows.values()]})
+    print(text.markdown_table(HEAD, [shown(row) for row in rows.values()]))
+
+
+def shown(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table."""
+    cells = [row["model"], row["tool"] + (f" ({row['version']})" if row.get("version") else ""), row["engine"]]
+    if "failed" in row:
+        return [*cells, row["failed"], *[""] * (len(HEAD) - 4)]
+    psnr, frechet = row["psnr"], row["frechet"]
+    if psnr["value"] > 100:  # the float pipeline itself, or another engine's rounding
+        cells += ["> 100", "> 100"]
+    else:
+        cells += [f"{psnr['value']:.1f} ({psnr['low']:.1f}..{psnr['high']:.1f})", f"{row['worst']:.1f}"]
+    cells += [f"{row['ssim']:.4f}", f"{frechet['value']:.1f} ({frechet['low']:.1f}..{frechet['high']:.1f})", f"{row['agreement']:.1%}"]
+    step = row.get("step")
+    times = ["", ""] if step is None else [f"{step['ratio']:.2f}", f"{step['p10']:.2f}..{step['p90']:.2f}"]
+    return [*cells, *times, text.size(row["bytes"])]
+
+
+def _known(name: str, pictures: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows that are there already, of as many pictures."""
+    file = RESULTS / f"{name}.json"
+    found = json.loads(file.read_text()) if file.exists() else {"pictures": 0}
+    return {(row["tool"], row["engine"]): row for row in found["rows"]} if found["pictures"] == pictures else {}
+
+
+class _Bench:
+    """One pipeline: its float bundle and plain graph, its items, and what a quantized denoiser of it scores."""
+
+    def __init__(self, model: str, work: Path, pictures: int):
+        self.model, self.work, self.pictures = model, work / model, pictures
+        self.judge = judges.load("fashion")
+        self.prompts = [self.judge.prompts[i % len(self.judge.prompts)] for i in range(pictures)]
+        with Progress() as progress:
+            progress("making the tools' environment", 0.0)
+            self.python = _peers.environment(work / "environment")
+            bundle = self.work / "bundle"
+            self.bundle = Bundle.open(bundle) if bundle.exists() else self._export(bundle, progress)
+        use_library(self.python)
+        (self.denoiser,) = self.bundle.with_role("denoise")
+        sessions = open_graphs(self.bundle, ("encode", "decode"), target="onnx", threads=None)
+        self._others = {graph.name: graph.session for graph in sessions}
+        placements = {name.replace("_", "-") for name in registry.names("optimize.placements", ".toml")}
+        self.variants = tuple(v for v in VARIANTS if "@" not in v.maker or v.maker.split("@")[1] in placements)
+
+    @cached_property
+    def _reference(self) -> Reference:
+        return Reference(self._draw(self._float, VARIANTS[0]), prompts=self.prompts, judge=self.judge)
+
+    def score(self, variant: Variant) -> dict[str, Any]:
+        """Pictures' figures, the bytes of the graph with its weights, and the tool's version; or why there are none."""
+        try:
+            graph, made = self.made(variant)
+        except subprocess.CalledProcessError as error:
+            return {"failed": error.stderr.strip().splitlines()[-1][:200]}
+        quality = self._reference.measure(self._draw(graph, variant))
+        return {**made, **_figures(quality), "bytes": sum(file.stat().st_size for file in _files_of(graph))}
+
+    def times(self, variants: Sequence[Variant], runs: int) -> dict[tuple[str, str], dict[str, Any]]:
+        """One guided step of one picture, by the variants' keys; ratios are to the float32 of ``FLOAT``."""
+        tried = [(variant, engine) for variant in variants for engine in _engines(variant)]
+        with Progress() as progress:
+            bindings = {}
+            for at, (variant, engine) in enumerate(tried):
+                progress(f"loading {variant.tool}", at / len(tried))
+                with suppress(EngineError):  # with these options; one of the others was drawn with
+                    bindings[at] = self._bound(self.made(variant)[0], engine)
+            progress(f"timing {len(bindings)} graphs", 0.0)
+            times = _time_in_turn(bindings, runs, 5)
+        base = min(np.median(times[at]) for at in times if tried[at][0].key == FLOAT)
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for at, milliseconds in times.items():
+            (variant, engine), (p10, median, p90) = tried[at], np.percentile(milliseconds, (10, 50, 90))
+            step = {"ms": median, "ratio": median / base, "p10": p10 / base, "p90": p90 / base, "options": engine}
+            if median < found.get(variant.key, {"ms": np.inf})["ms"]:
+                found[variant.key] = step
+        return found
+
+    def made(self, variant: Variant) -> tuple[Path, dict[str, Any]]:
+        """The file of the variant's graph, made where it is not there, and facts about its making.
+
+        Raises:
+            CalledProcessError: the tool cannot do it; its stderr says why.
+        """
+        if not variant.maker:
+            return self._float, {}
+        folder = self.work / variant.maker
+        if "@" in variant.maker:
+            if not folder.exists():
+                self._ours(variant.maker, folder)
+            return folder / self.denoiser.model, {}
+        if not folder.exists():
+            with new_folder(folder) as made:
+                (made / "made.json").write_text(self._theirs(variant, made / _file(variant)))
+        return folder / _file(variant), json.loads((folder / "made.json").read_text())
+
+    @property
+    def _float(self) -> Path:
+        folder = self.work / "float32"
+        if not folder.exists():
+            with new_folder(folder) as made:
+                plain_graph(self.bundle.path / self.denoiser.model, made / "model.onnx")
+        return folder / "model.onnx"
+
+    def _export(self, folder: Path, progress: Progress) -> Bundle:
+        # Copied weights: other tools refuse external data that is a file with several links.
+        return export(REFERENCE / self.model, folder, weights="copy", progress=progress)
+
+    @cached_property
+    def _items(self) -> Drawn:
+        drawing = Drawing("uniform", SAMPLES, STEPS, guidance_scale=GUIDANCE)
+        with Progress() as progress:
+            return draw_items(self.bundle, self.judge.prompts, drawing, keep=self.work / "items", progress=progress)
+
+    def _ours(self, maker: str, folder: Path) -> None:
+        recipe, placement = maker.split("@")
+        state = self.work / f"state-{recipe}"
+        with Progress() as progress:
+            if not state.exists():
+                origin = Source.open(REFERENCE / self.model)
+                state_of(self.bundle, origin, self._items, load_recipe(recipe), progress=progress).save(state)
+            quantize(self.bundle, state, folder, placement=load_placement(placement), progress=progress)
+
+    def _theirs(self, variant: Variant, output: Path) -> str:
+        items, plain = self._items.items, self._float
+        with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+            progress(f"{variant.tool}", 0.0)
+            np.savez(Path(folder) / "items.npz", **{name: np.stack([item.feeds[name] for item in items]) for name in items[0].feeds})
+            command = [self.python, _peers.__file__, variant.maker, plain, Path(folder) / "items.npz", output]
+            done = subprocess.run(command, check=True, cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip().splitlines()[-1]
+
+    def _draw(self, graph: Path, variant: Variant) -> np.ndarray:
+        session = self._first_that_loads(graph, variant)
+        sessions = {**self._others, self.denoiser.name: session}
+        pipeline, parts = Pipeline(self.bundle, sessions), []
+        with Progress() as progress:
+            for at in range(0, self.pictures, BATCH):
+                progress(f"drawing: {variant.tool}, {variant.engine}", at / self.pictures)
+                part, seeds = self.prompts[at : at + BATCH], range(10_000 + at, 10_000 + at + BATCH)
+                parts.append(pipeline(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=seeds[: len(part)]).pixels)
+        return np.concatenate(parts)
+
+    def _first_that_loads(self, graph: Path, variant: Variant) -> Any:
+        *tried, last = _engines(variant)
+        for engine in tried:
+            with suppress(EngineError):
+                return open_foreign(graph, self.denoiser, engine)
+        return open_foreign(graph, self.denoiser, last)
+
+    def _bound(self, graph: Path, engine: str) -> Binding:
+        item = self._items.items[SAMPLES // 2]
+        sample = item.feeds["sample"]
+        axes = {"batch": len(sample), "height": sample.shape[2], "width": sample.shape[3]}
+        binding = open_foreign(graph, self.denoiser, engine).bind(axes)
+        for name, array in item.feeds.items():
+            binding.inputs[name][...] = array
+        return binding
+
+
+def _engines(variant: Variant) -> Sequence[str]:
+    """Ours runs as it ships. Others' graphs, and float32, are tried with all options of their engine."""
+    return [name for name in ENGINES if name.startswith(variant.engine) and ("@" not in variant.maker or name == variant.engine)]
+
+
+def _file(variant: Variant) -> str:
+    return "model.xml" if variant.engine == "openvino" else "model.onnx"
+
+
+def _files_of(graph: Path) -> list[Path]:
+    """The graph and its weights."""
+    return [file for file in graph.parent.iterdir() if file.suffix in (".onnx", ".xml", ".bin", ".safetensors")]
+
+
+if __name__ == "__main__":
+    main()
