@@ -25,7 +25,7 @@ from edgediffusion.errors import ArgumentError, OutputError, UnknownName
 from edgediffusion.export import export
 from edgediffusion.optimize import QuantizationState, calibrate, quantize
 from edgediffusion.optimize.graph_file import load_graph
-from edgediffusion.optimize.recipe import load_placement, load_recipe
+from edgediffusion.optimize.recipe import Recipe, load_placement, load_recipe, with_preset
 from edgediffusion.profiles import profile
 from edgediffusion.profiles.quality import psnr_db
 from edgediffusion.runtimes import Pipeline
@@ -204,6 +204,23 @@ def test_number_formats_that_the_engine_lacks_are_refused_and_others_get_them(
     codes = [i.const_value for n, i in graph.initializers.items() if n.endswith((".codes", ".codes.transposed"))]
     assert {tensor.dtype for tensor in codes} == {ir.DataType.FLOAT8E4M3FN}
     assert all(np.isfinite(tensor.numpy().astype(np.float32)).all() for tensor in codes)
+
+
+def test_split_and_rotated_layers_from_calibration_to_pictures(tmp_path: Path, exported: Bundle) -> None:
+    """A state of split and rotated layers is of layers that the graph has only once it is prepared in the same way."""
+    recipe = Recipe("mine", "int8", "int8", balance="none", split=("conv_shortcut$",), rotate=("attn1.to_",))
+    settings: dict[str, Any] = {"samples": 4, "steps": 2, "prompts": PROMPTS, "recipe": with_preset(recipe, "ends")}
+    state = calibrate(exported, source=FASHION, output=tmp_path / "state", **settings)
+    assert {"unet/up_blocks.0.resnets.0.conv_shortcut.1", "unet/mid_block.attentions.0.transformer_blocks.0.attn1.to_q.1"} < set(
+        state.layers
+    )
+    bundle = quantize(exported, state, tmp_path / "int8")
+    layers = bundle.history[-1].arguments["layers"]["unet"]
+    assert not any("did not reach" in reason for reason in layers["float"].values())
+    drawn = [Pipeline.from_bundle(b)("bag", num_inference_steps=2, seed=1).pixels for b in (exported, bundle)]
+    assert psnr_db(*drawn) > 25
+    with pytest.raises(ArgumentError, match="--source"):
+        calibrate(exported, output=tmp_path / "other", **settings)
 
 
 def test_a_quantized_bundle_is_not_quantized_again(tmp_path: Path, quantized: Bundle, state: QuantizationState) -> None:

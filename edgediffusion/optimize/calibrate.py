@@ -100,7 +100,7 @@ def state_of(
         layers = measure_graph(bundle, component, items, recipe, folder=folder, progress=progress)
         observer, versions = "onnxruntime", {"onnxruntime": find("runtimes.engines", "onnxruntime").version()}
     else:
-        layers = _measure(source, component, drawn, recipe, progress)
+        layers = _measure(source, component, bundle.path / component.model, drawn, recipe, progress)
         observer, versions = "torch", {tool: version(tool) for tool in ("torch", "diffusers")}
     return QuantizationState(
         weights=weights_digest(bundle, component),
@@ -111,13 +111,15 @@ def state_of(
     )
 
 
-def _measure(source: Source, component: Component, drawn: Drawn, recipe: Recipe, progress: Progress) -> dict[str, LayerState]:
+def _measure(source: Source, component: Component, graph: Path, drawn: Drawn, recipe: Recipe, progress: Progress) -> dict[str, LayerState]:
     from edgediffusion.export.families import family_of
+    from edgediffusion.optimize.prepare import prepare_module
 
     part = next(p for p in family_of(source)[1].parts(source) if p.name == component.name)
     network = source.load(part.network)
     module = part.wrap(network)
     prefix = next(f"{name}." for name, child in module.named_children() if child is network)
+    prepare_module(module, graph, recipe, prefix)
     items = [(item.step, item.feeds) for item in drawn.items]
     guidance, seed = float(drawn.record["guidance_scale"]), int(drawn.record["seed"])
     return measure(module, items, recipe, prefix=prefix, seed=seed, guidance_scale=guidance, progress=progress)
