@@ -12,7 +12,8 @@ one scale for a tensor. The methods are added one after the other:
 * adaround: instead, learned rounding up or down, learned steps of activations and biases
 * straight-through: instead, learned codes, and learned steps of weights too
 
-With ``--strategies``, the calibration strategies are compared instead, with everything of the above but learning.
+With ``--strategies``, the calibration strategies are compared instead, with everything of the above but learning; with ``--papers``,
+what papers have for unequal channels, each beside balance none and search: ends, channels, mse and rounding to nearest in all rows.
 Rows that are in the results already are not measured again; ``--fresh`` begins anew.
 """
 
@@ -46,23 +47,27 @@ from edgediffusion.runtimes import Pipeline
 PICTURES, BATCH, STEPS, GUIDANCE, SAMPLES = 256, 16, 20, 3.0, 256
 FORMATS = {"W8A8": ("int8", "int8"), "W4A8": ("int4", "int8"), "W4A4": ("int4", "int4")}
 METHODS = ("naive", "+ ends", "+ channels", "+ balance", "+ mse", "+ gptq", "+ adaround", "+ straight-through")
+_Case = tuple[str, str, Recipe, Placement, str]
 HEAD = ("model", "format", "method", "PSNR median", "p10", "worst", "SSIM", "Fréchet", "of float", "agreement", "of float", "seconds")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("fashion", "fashion-dit"))
-    parser.add_argument("--strategies", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--strategies", dest="kind", action="store_const", const="strategies")
+    kinds.add_argument("--papers", dest="kind", action="store_const", const="papers")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
-    name = f"quantization_{'strategies' if arguments.strategies else 'methods'}_{arguments.model.replace('-', '_')}"
+    cases = {"methods": _methods, "strategies": _strategies, "papers": _papers}[kind := arguments.kind or "methods"]()
+    name = f"quantization_{kind}_{arguments.model.replace('-', '_')}"
     known = {} if arguments.fresh else _known(name)
     with tempfile.TemporaryDirectory(dir=REFERENCE.parent, prefix=".quantization-") as folder:  # links do not cross file systems
-        for row in _rows(_Bench(arguments.model, Path(folder)), arguments.strategies, known):
+        for row in _rows(_Bench(arguments.model, Path(folder)), cases, known):
             known[row["format"], row["method"]] = row
-            rows = _ordered(known, arguments.strategies)
+            rows = _ordered(known, cases)
             save(name, {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE, "samples": SAMPLES, "rows": rows})
-    print(text.markdown_table(HEAD, [shown(row) for row in _ordered(known, arguments.strategies)]))
+    print(text.markdown_table(HEAD, [shown(row) for row in _ordered(known, cases)]))
 
 
 def shown(row: dict[str, Any]) -> list[str]:
@@ -82,9 +87,8 @@ def _known(name: str) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["format"], row["method"]): row for row in rows}
 
 
-def _ordered(known: dict[tuple[str, str], dict[str, Any]], strategies: bool) -> list[dict[str, Any]]:
-    cases = [case[:2] for case in (_strategies() if strategies else _methods())]
-    return [known[case] for case in cases if case in known]
+def _ordered(known: dict[tuple[str, str], dict[str, Any]], cases: Sequence[_Case]) -> list[dict[str, Any]]:
+    return [known[case[:2]] for case in cases if case[:2] in known]
 
 
 class _Bench:
@@ -140,13 +144,10 @@ def _figures(quality: Quality) -> dict[str, Any]:
     }
 
 
-def _rows(bench: _Bench, strategies: bool, known: dict[tuple[str, str], Any]) -> Iterator[dict[str, Any]]:
-    for format_name, method, recipe, placement, strategy in _strategies() if strategies else _methods():
+def _rows(bench: _Bench, cases: Sequence[_Case], known: dict[tuple[str, str], Any]) -> Iterator[dict[str, Any]]:
+    for format_name, method, recipe, placement, strategy in cases:
         if (format_name, method) not in known:
             yield {"model": bench.model, "format": format_name, "method": method, **bench.score(recipe, placement, strategy)}
-
-
-_Case = tuple[str, str, Recipe, Placement, str]
 
 
 def _methods() -> Sequence[_Case]:
@@ -174,6 +175,26 @@ def _strategies() -> Sequence[_Case]:
     recipes = {n: with_preset(Recipe(n, *FORMATS[n], ranges="mse"), "ends") for n in ("W8A8", "W4A8")}
     placement = load_placement("onnxruntime_cpu")
     return [(n, s, recipe, placement, s) for n, recipe in recipes.items() for s in registry.names("optimize.calibration")]
+
+
+def _papers() -> Sequence[_Case]:
+    ways: dict[str, dict[str, Any]] = {
+        "none": {},
+        "split shortcuts (Q-Diffusion)": {"split": ("conv_shortcut$",)},
+        "smoothquant (NVIDIA)": {"balance": "smoothquant"},
+        "csb (PTQ4DiT)": {"balance": "csb"},
+        "ditas": {"balance": "ditas"},
+        "rotation (HQ-DiT)": {"rotate": ("",)},
+        "search (ours)": {"balance": "search"},
+        "search, rank 32 (SVDQuant)": {"balance": "search", "rank": 32},
+    }
+    placement, cases = load_placement("onnxruntime_cpu"), []
+    for name, formats in FORMATS.items():
+        recipe = with_preset(Recipe(name, *formats, balance="none", ranges="mse"), "ends")
+        for way, changes in ways.items():
+            if not (name == "W8A8" and "rank" in changes):  # a branch is for weights of few bits
+                cases.append((name, way, replace(recipe, **changes), placement, "uniform"))
+    return cases
 
 
 if __name__ == "__main__":
