@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -78,12 +79,21 @@ class NoiseSchedule:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """The time steps that a denoiser has rows for in place of its time embedding: those of ``steps`` of ``sampler``."""
+
+    sampler: str
+    steps: int
+    timesteps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Sampling:
     """What a sampling loop must know and no graph can say.
 
     ``prediction`` is what ``denoise`` returns; ``guidance_width`` the length of the embedding of w for embedded
     guidance; a picture of H x W pixels has latents of H / downsampling; sizes are multiples of ``size_multiple``;
-    ``decode`` takes latents / latent_scale + latent_shift.
+    ``decode`` takes latents / latent_scale + latent_shift. ``folded`` is there if the denoiser takes some time steps only.
     """
 
     prediction: str
@@ -101,6 +111,7 @@ class Sampling:
     steps: int
     guidance_scale: float
     guidance_width: int = 0
+    folded: Folded | None = None
 
 
 @dataclass(frozen=True)
@@ -197,10 +208,15 @@ def _to_json(bundle: Bundle) -> dict[str, Any]:
         "format": FORMAT,
         "family": bundle.family,
         "components": [asdict(c) for c in bundle.components],
-        "sampling": None if bundle.sampling is None else asdict(bundle.sampling),
+        "sampling": None if bundle.sampling is None else sampling_facts(bundle.sampling),
         "history": [asdict(v) for v in bundle.history],
         "files": {name: asdict(f) for name, f in bundle.files.items()},
     }
+
+
+def sampling_facts(sampling: Sampling) -> dict[str, Any]:
+    """The facts as the manifest has them: ``folded`` only where there is something to say, as before it was known."""
+    return {key: value for key, value in asdict(sampling).items() if key != "folded" or value is not None}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -266,7 +282,15 @@ def _sampling(content: Mapping[str, Any]) -> Sampling:
     for key, allowed in (("prediction", PREDICTIONS), ("guidance", GUIDANCE)):
         if content[key] not in allowed:
             raise TypeError(f"{key} '{content[key]}' is none of {', '.join(allowed)}")
-    return _record(Sampling, {**content, "schedule": _record(NoiseSchedule, content["schedule"])})
+    folded = content.get("folded")
+    return _record(Sampling, {**content, "schedule": _record(NoiseSchedule, content["schedule"]), "folded": folded and _folded(folded)})
+
+
+def _folded(content: Mapping[str, Any]) -> Folded:
+    timesteps = tuple(content["timesteps"])
+    if not timesteps or not all(isinstance(t, (int, float)) and math.isfinite(t) for t in timesteps):
+        raise TypeError(f"timesteps of folded are no list of numbers: {timesteps}")
+    return _record(Folded, {**content, "timesteps": timesteps})
 
 
 def _check_files(bundle: Bundle, *, verify: bool) -> None:

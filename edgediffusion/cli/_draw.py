@@ -62,9 +62,13 @@ def draw(
     files = drawing.files(len(prompts) * options["num_images"])
     require("PIL", extra="cpu", purpose="Writing a picture")
     from edgediffusion.runtimes import Pipeline
+    from edgediffusion.runtimes.request import Request, plan
 
     progress("loading", 0.0)
-    pipeline = Pipeline.from_bundle(Bundle.open(bundle), target=target)
+    opened = Bundle.open(bundle)
+    if opened.sampling is not None:  # what cannot be drawn is refused before minutes of loading
+        plan(Request(prompts, **{name: value for name, value in options.items() if name != "correction"}), opened.sampling)
+    pipeline = Pipeline.from_bundle(opened, target=target)
     result = pipeline(prompts, callback=lambda step: progress("sampling", (step.index + 1) / step.total), **options)
     pictures = result.images if len(files) > 1 else [grid(result.images)]
     for file, picture in zip(files, pictures, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from edgediffusion.bundle import Bundle, TensorSpec
+from edgediffusion.bundle import Bundle, TensorSpec, sampling_facts
 from edgediffusion.text import size, table
 
 
@@ -16,7 +16,7 @@ def content(bundle: Bundle) -> dict[str, Any]:
         "digest": bundle.digest,
         "bytes": bundle.size_bytes(),
         "components": [{**asdict(c), "bytes": bundle.size_bytes(f"{c.name}/")} for c in bundle.components],
-        "sampling": bundle.sampling and asdict(bundle.sampling),
+        "sampling": bundle.sampling and sampling_facts(bundle.sampling),
         "engines": {target: bundle.size_bytes(f"engines/{target}/") for target in bundle.targets},
         "history": [asdict(verb) for verb in bundle.history],
         "files": {name: asdict(file) for name, file in bundle.files.items()},
@@ -29,7 +29,7 @@ def text(bundle: Bundle) -> str:
         table(("component", "role", "size"), [(c.name, c.role, size(bundle.size_bytes(f"{c.name}/"))) for c in bundle.components]),
         table(("component", "", "tensor", "type", "shape"), _tensors(bundle)),
         "tokenizers\n" + (_lines({c.name: f"{t.file}, {t.length} tokens" for c in bundle.components if (t := c.tokenizer)}) or "  none"),
-        "sampling\n" + (_lines(asdict(bundle.sampling)) if bundle.sampling else "  none: this bundle has no sampling loop"),
+        "sampling\n" + (_lines(sampling_facts(bundle.sampling)) if bundle.sampling else "  none: this bundle has no sampling loop"),
         "engines\n" + (_lines({t: size(bundle.size_bytes(f"engines/{t}/")) for t in bundle.targets}) or "  none yet: edgediffusion build"),
         "history\n" + (_lines({verb.name: _words(verb.arguments) for verb in bundle.history}) or "  none"),
     ]

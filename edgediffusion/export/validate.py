@@ -21,6 +21,7 @@ from edgediffusion.export.schedule import CLASSES
 from edgediffusion.export.source import Source
 from edgediffusion.runtimes.graph import Graph, open_graphs
 from edgediffusion.runtimes.pipeline import Pipeline
+from edgediffusion.runtimes.request import Request, plan
 
 PROMPTS = ("a red heart", "an ankle boot", "")
 MOST_DB = 150.0  # of pictures that are equal; float32 cannot tell anything closer
@@ -92,6 +93,7 @@ def validate(
     settled = _Run(
         sampler or sampling.sampler, steps or sampling.steps, sampling.guidance_scale if guidance_scale is None else guidance_scale, seed
     )
+    plan(Request("", num_inference_steps=settled.steps, sampler=settled.sampler, guidance_scale=settled.guidance_scale), sampling)
     graphs = {graph.name: graph for graph in open_graphs(bundle, _GRAPH_ROLES, target=target, threads=None)}
     parts = [part for part in family_of(origin)[1].parts(origin) if part.name in graphs]
     total = len(parts) + len(prompts)
@@ -170,8 +172,14 @@ def _example(tensor: Tensor, sizes: Mapping[str, int], network: Any, sampling: S
     if tensor.dtype.startswith("int"):
         return generator.integers(0, network.config.vocab_size, shape)
     if tensor.name == "timestep":
-        return np.full(shape, np.float32(int(_MOMENT * sampling.schedule.train_steps)))
+        return np.full(shape, np.float32(_moment(sampling)))
     return generator.standard_normal(shape, dtype=np.float32)
+
+
+def _moment(sampling: Sampling) -> float:
+    """The time step of a single call: one that the network takes, if it was folded."""
+    wanted = int(_MOMENT * sampling.schedule.train_steps)
+    return wanted if sampling.folded is None else min(sampling.folded.timesteps, key=lambda t: abs(t - wanted))
 
 
 def _compare_pictures(prompt: str, ours: Pipeline, theirs: Any, run: _Run) -> PictureError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgediffusion.bundle import Folded
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.engines import Binding
 from edgediffusion.runtimes.schedules import Point, Points
@@ -113,6 +114,26 @@ def check_predictable(prediction: str, points: Points, sampler: str) -> None:
             f"The sampler '{sampler}' starts from pure noise, where a network that predicts noise says nothing",
             allowed="euler, euler-ancestral, dpmpp-2m",
         )
+
+
+def check_folded(folded: Folded | None, points: Points, sampler: str) -> None:
+    """Refuse time steps that a folded denoiser has no rows for. They are compared as they are fed, in float32."""
+    if folded is None:
+        return
+    known = {np.float32(t) for t in folded.timesteps}
+    lacking = [point.timestep for point in points.at if np.float32(point.timestep) not in known]
+    if lacking:
+        raise ArgumentError(
+            f"This bundle's time embedding was folded for {folded.steps} steps of the sampler '{folded.sampler}'",
+            got=f"{len(points)} steps of '{sampler}', which calls the network at {_listed(lacking)}",
+            allowed=f"the time steps {_listed(folded.timesteps)}",
+            do=f"Fold the bundle that it was made from again: edgediffusion fold BUNDLE --steps {len(points)} --sampler {sampler} -o NEW",
+        )
+
+
+def _listed(timesteps: Sequence[float], most: int = 30) -> str:
+    told = [f"{t:g}" for t in timesteps]
+    return ", ".join(told if len(told) <= most else [*told[: most - 2], "...", told[-1]])
 
 
 def guidance_embedding(w: float, width: int) -> np.ndarray:

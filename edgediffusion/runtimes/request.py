@@ -11,7 +11,7 @@ import numpy as np
 from edgediffusion.bundle import Sampling
 from edgediffusion.errors import ArgumentError
 from edgediffusion.registry import find
-from edgediffusion.runtimes.denoiser import check_predictable
+from edgediffusion.runtimes.denoiser import check_folded, check_predictable
 from edgediffusion.runtimes.samplers import Sampler
 from edgediffusion.runtimes.schedules import Points
 
@@ -82,6 +82,7 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     sampler = cast(Sampler, find("runtimes.samplers", name, kind="sampler"))
     points = sampler.points(sampling.schedule, sampling.steps if request.num_inference_steps is None else request.num_inference_steps)
     check_predictable(sampling.prediction, points, name)
+    check_folded(sampling.folded, points, name)
     scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
     prompts, negatives = _texts(request)
     return Plan(
