@@ -43,8 +43,8 @@ class StandIn:
         return cls()
 
     def __call__(self, prompts: tuple[str, ...], *, callback: Callable[[Step], object], **options: Any) -> Any:
-        if options["height"] == 33:
-            raise ArgumentError("The size of the picture cannot be used", got="33 x 32")
+        if options["correction"] == "other.json":
+            raise ArgumentError("The correction was measured for another bundle")
         type(self).asked.update(options, prompts=prompts)
         for index in range(2):
             callback(Step(index, 2))
@@ -138,11 +138,15 @@ def test_a_name_that_is_no_picture_is_refused_before_the_work(bundle: Bundle, tm
     assert StandIn.asked == {}
 
 
+def test_what_cannot_be_drawn_is_refused_before_anything_is_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    result = run(bundle, "--prompt", "a", "--height", 33, "-o", tmp_path / "a.png", code=2)
+    assert "The size of the picture cannot be used. Got: 33 x 32 (height x width)." in result.stderr
+    assert StandIn.asked == {}
+
+
 def test_what_the_pipeline_refuses_is_told_and_nothing_written(bundle: Bundle, tmp_path: Path) -> None:
-    assert (
-        "The size of the picture cannot be used. Got: 33 x 32."
-        in run(bundle, "--prompt", "a", "--height", 33, "-o", tmp_path / "a.png", code=2).stderr
-    )
+    result = run(bundle, "--prompt", "a", "--correction", "other.json", "-o", tmp_path / "a.png", code=2)
+    assert "The correction was measured for another bundle." in result.stderr
     assert not list(tmp_path.glob("*.png"))
 
 
