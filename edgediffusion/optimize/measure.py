@@ -90,8 +90,11 @@ def measure_graph(
     from edgediffusion.optimize.observers import observe_graph
 
     check_graph_recipe(recipe)
-    count = len(items)
-    found = observe_graph(bundle, component, items, folder=folder, progress=lambda done: progress("observing layers", done / count))
+
+    def advance(done: int) -> None:
+        progress("observing layers", done / len(items))
+
+    found = observe_graph(bundle, component, items, recipe=recipe, folder=folder, progress=advance)
     return _balance(found, _Named(recipe, ""))
 
 
@@ -100,7 +103,6 @@ def check_graph_recipe(recipe: Recipe) -> None:
     needs = []
     if recipe.rounding != "nearest":
         needs.append(f"rounding {recipe.rounding!r}")
-    needs += [f"{key} {list(expressions)}" for key, expressions in (("split", recipe.split), ("rotate", recipe.rotate)) if expressions]
     if recipe.ranges.startswith("modelopt"):
         needs.append(f"ranges {recipe.ranges!r}")
     if recipe.ranges == "mse" and BITS.get(recipe.activations, 16) <= LOW_BITS:
@@ -109,7 +111,7 @@ def check_graph_recipe(recipe: Recipe) -> None:
         raise ArgumentError(
             f"The recipe '{recipe.name}' has methods that work on the network in torch, not on a graph",
             got=", ".join(needs),
-            allowed="without a source: rounding 'nearest', nothing split or rotated, ranges 'max', or 'mse' if activations have 8 bits",
+            allowed="without a source: rounding 'nearest', ranges 'max', or 'mse' if activations have 8 bits",
             do="Give the diffusers folder that the bundle was exported from: --source FOLDER",
         )
 

@@ -25,6 +25,7 @@ from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import link_or_copy
 from edgediffusion.optimize.observed import Channels, Observed, not_finite
+from edgediffusion.optimize.recipe import Recipe
 from edgediffusion.registry import find, require
 from edgediffusion.runtimes.graph import Graph
 
@@ -38,13 +39,14 @@ def observe_graph(
     component: Component,
     items: Sequence[tuple[int, Mapping[str, np.ndarray]]],
     *,
+    recipe: Recipe | None = None,
     folder: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Observed]:
     """Run a component's graph with every item, a sampling step and its inputs by name, and watch its layers.
 
-    A copy of the graph, its weights linked, lies in a temporary folder within ``folder`` meanwhile. Weights are read when they
-    are asked for, one at a time.
+    They are those that ``recipe`` quantizes, split and rotated where it asks for that. A copy of the graph, its weights linked,
+    lies in a temporary folder within ``folder`` meanwhile. Weights are read when they are asked for, one at a time.
 
     Raises:
         ArgumentError: a layer gave a value that is no finite number (the message names the layer and the step), or there is no layer.
@@ -55,9 +57,9 @@ def observe_graph(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".observers-", dir=folder) as temporary:
-        watched = _write_graph(file, Path(temporary))
+        watched = _write_graph(file, Path(temporary), recipe)
         graph = Graph(component, find("runtimes.engines", "onnxruntime").open_session(Path(temporary) / file.name))
-        found = _layers(file, watched)
+        found = _layers(file, watched, recipe)
         for done, (step, feeds) in enumerate(items):
             _add(found, watched, step, _run(graph, feeds))
             progress(done + 1)
@@ -73,19 +75,28 @@ class _Watched:
     output: slice
 
 
-def _write_graph(file: Path, folder: Path) -> list[_Watched]:
+def _is_changed(recipe: Recipe | None) -> bool:
+    return recipe is not None and bool(recipe.split or recipe.rotate)
+
+
+def _write_graph(file: Path, folder: Path, recipe: Recipe | None = None) -> list[_Watched]:
     """Write the graph with the statistics as its one output, and its weights beside it."""
     import onnx_ir as ir
 
+    from edgediffusion.optimize.graph_file import store_weights
     from edgediffusion.optimize.graph_layers import find_layers
 
-    model = ir.load(file)
+    model = _prepared(file, recipe) if _is_changed(recipe) else ir.load(file)
     layers = find_layers(model.graph)
     if not layers:
         raise ArgumentError(f"The graph '{file}' has no convolution or matrix product with a weight: there is nothing to calibrate")
     observers = _Observers(model.graph, model.opset_imports.get("", 0))
     watched = [_Watched(layer.name, observers.input(layer), observers.output(layer)) for layer in layers]
     observers.finish()
+    if _is_changed(recipe):  # there are weights that no file has
+        store_weights(model, folder)
+        ir.save(model, folder / file.name)
+        return watched
     ir.save(model, folder / file.name)
     tensors = [value.const_value for value in model.graph.initializers.values()]
     for location in {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
@@ -167,12 +178,18 @@ class _Observers:
         return self.graph.initializers[name]
 
 
-def _layers(file: Path, watched: Sequence[_Watched]) -> dict[str, Observed]:
+def _prepared(file: Path, recipe: Recipe | None) -> Any:
     from edgediffusion.optimize.graph_file import load_graph
+    from edgediffusion.optimize.quantize import prepared_graph
+
+    return load_graph(file) if recipe is None else prepared_graph(file, recipe)
+
+
+def _layers(file: Path, watched: Sequence[_Watched], recipe: Recipe | None) -> dict[str, Observed]:
     from edgediffusion.optimize.graph_layers import find_layers
 
     found: dict[str, Observed] = {}
-    for layer in find_layers(load_graph(file).graph):
+    for layer in find_layers(_prepared(file, recipe).graph):
         read, given = map(Channels.none, layer.channels)
         found.setdefault(layer.name, Observed(layer.read_weight, layer.groups, read, given))
     of_tensor: dict[int, dict[str, None]] = {}

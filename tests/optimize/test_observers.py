@@ -53,7 +53,7 @@ SHAPES = {
     "last.weight": (2, 3),
     "last.bias": (2,),
 }
-CONSTANTS = {"thousandth": np.float32([0.001]), "tokens": np.array([0, 5, -1]), "rows": np.array([-1, 3])}
+CONSTANTS = {"thousandth": np.float32([0.001]), "eight": np.array([0, 8, -1]), "tokens": np.array([0, 5, -1]), "rows": np.array([-1, 3])}
 COMPONENT = Component(
     "unet",
     "denoise",
@@ -64,6 +64,21 @@ COMPONENT = Component(
 # What each layer reads and gives, and the axis of its channels.
 SEEN = {"conv": ("moved", "a", 1), "linear": ("d", "f", -1), "folded": ("d", "g", -1), "last": ("i", "out_sample", -1)}
 INT8 = Recipe("int8", "int8", "int8")
+# A convolution that reads a concatenation, and a product of eight channels: one can be split, the other rotated.
+JOINED = """
+<ir_version: 8, opset_import: ["": 20]>
+network (float[batch, 4, height, width] sample, float[1] timestep) => (float[n, m, k] out_sample)
+{
+  clock = Mul (timestep, thousandth)
+  moved = Add (sample, clock)
+  both = Concat <axis = 1> (sample, moved)
+  a = Conv (both, conv__weight, conv__bias)
+  b = Reshape (a, eight)
+  c = Transpose <perm = [0, 2, 1]> (b)
+  turned = Transpose <perm = [1, 0]> (linear__weight)
+  out_sample = MatMul (c, turned)
+}
+"""
 
 
 @pytest.fixture
@@ -102,6 +117,23 @@ def make(tmp_path, weights):
         return Bundle.open(folder)
 
     return build
+
+
+@pytest.fixture
+def joined(tmp_path):
+    proto = onnx.parser.parse_model(JOINED)
+    for node in proto.graph.node:
+        node.input[:] = [name.replace("__", ".") for name in node.input]
+    rng = np.random.default_rng(3)
+    shapes = {"conv.weight": (8, 8, 1, 1), "conv.bias": (8,), "linear.weight": (3, 8)}
+    given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    constants = {name: CONSTANTS[name] for name in ("thousandth", "eight")}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in {**given, **constants}.items())
+    (tmp_path / "joined" / "unet").mkdir(parents=True)
+    onnx.save(onnx.shape_inference.infer_shapes(proto), tmp_path / "joined" / COMPONENT.model)
+    component = replace(COMPONENT, outputs=(TensorSpec("out_sample", "float32", ("n", "m", "k")),))
+    write(tmp_path / "joined", family="foreign", components=(component,), sampling=None, history=())
+    return Bundle.open(tmp_path / "joined")
 
 
 def tensors(bundle, items):
@@ -203,6 +235,19 @@ def test_a_foreign_bundle_goes_the_whole_way(make, items, tmp_path):
     )
     # Four int8 tensors in a row, each wrong by at most half of 1/127 of its range: 3 % of the result's norm is ample.
     assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_layers_that_a_recipe_splits_and_rotates_are_observed_so(joined, items):
+    recipe = replace(INT8, split=("conv",), rotate=("linear",))
+    states = measure_graph(joined, joined.components[0], items, recipe)
+    assert list(states) == ["conv.0", "conv.1", "linear.1"]
+    samples = np.stack([feeds["sample"] for _, feeds in items])
+    clocks = np.float32([0.001]) * np.stack([feeds["timestep"] for _, feeds in items]).reshape(-1, 1, 1, 1, 1)
+    np.testing.assert_array_equal(states["conv.0"].input_high, samples.max((0, 1, 3, 4)))
+    np.testing.assert_allclose(states["conv.1"].input_high, (samples + clocks).max((0, 1, 3, 4)), rtol=1e-6)
+    plain = measure_graph(joined, joined.components[0], items, INT8)["linear"]
+    assert (states["linear.1"].input_high != plain.input_high).all()
+    np.testing.assert_allclose(states["linear.1"].output_high, plain.output_high, rtol=1e-5)  # a rotation changes no output
 
 
 def test_the_orientation_of_weights(make):
