@@ -196,6 +196,7 @@ def _papers() -> Sequence[_Case]:
         "none": {},
         "split shortcuts (Q-Diffusion)": {"split": ("conv_shortcut$",)},
         "smoothquant (NVIDIA)": {"balance": "smoothquant"},
+        "mean over steps (NVIDIA)": {"ranges": "step-mean"},
         "csb (PTQ4DiT)": {"balance": "csb"},
         "ditas": {"balance": "ditas"},
         "rotation (HQ-DiT)": {"rotate": ("",)},

@@ -165,7 +165,18 @@ def _layer(layer: Observed, factors: np.ndarray, recipe: _Named, name: str) -> L
     amax = amax.reshape(-1, groups) if groups > 1 else amax
     seen, given = layer.input, layer.output
     bounds = (seen.low, seen.high, given.low, given.high)
-    return LayerState(factors, *bounds, amax.astype(np.float32), output_clip=OUTPUT_MARGIN, up=up, down=down)
+    clip = mean_over_steps(layer, factors) if recipe.recipe.ranges == "step-mean" else 1.0
+    return LayerState(factors, *bounds, amax.astype(np.float32), clip, OUTPUT_MARGIN, up=up, down=down)
+
+
+def mean_over_steps(layer: Observed, factors: np.ndarray) -> float:
+    """Mean of the largest |x / f| of each sampling step, over the largest of all.
+
+    NVIDIA's percentile calibrator for diffusion (in TensorRT's demo and ModelOpt's examples) reduces the first part of the sorted
+    steps by their mean; the demos take all of them (METHODS 2.6), as is done here.
+    """
+    by_step = [float((amax / factors).max()) for amax in layer.steps.values()]
+    return float(np.mean(by_step)) / max(*by_step, 1e-12)
 
 
 def balanced_weight(weight: np.ndarray, factors: np.ndarray, groups: int = 1) -> np.ndarray:

@@ -23,7 +23,7 @@ else:
 
 _HERE = Path(__file__).parent
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
-RANGES = ("max", "mse", "modelopt-max", "modelopt-mse")
+RANGES = ("max", "mse", "step-mean", "modelopt-max", "modelopt-mse")
 LARGEST_RANK = 256
 GROUPS = (0, 16, 32, 64, 128, 256)  # block sizes that engines' kernels for 4-bit weights have
 _FORMATS = (*BITS, "float")
@@ -36,10 +36,10 @@ class Recipe:
     ``exclude``, ``eight``, ``split`` and ``rotate`` are regular expressions for module paths: layers that stay float, layers that
     get int8 weights and activations whatever the others get, convolutions that become one for each part of what they read,
     where that is a concatenation, and linear layers that read a Hadamard rotation of their input. ``balance`` and ``rounding``
-    name files of those folders; ``ranges`` is ``max``, the observed ones, ``mse``, those with the least squared error, or what
-    nvidia-modelopt's algorithms find. ``activations = "float"`` quantizes weights only; then ``group`` may give linear layers'
-    weights a scale for every so many input channels (0: one for all). ``rank`` gives linear layers of few bits a float branch
-    of that rank. ``fp8`` is E4M3.
+    name files of those folders; ``ranges`` is ``max``, the observed ones, ``mse``, those with the least squared error, ``step-mean``,
+    inputs up to the mean of the steps' largest values, or what nvidia-modelopt's algorithms find. ``activations = "float"``
+    quantizes weights only; then ``group`` may give linear layers' weights a scale for every so many input channels (0: one for
+    all). ``rank`` gives linear layers of few bits a float branch of that rank. ``fp8`` is E4M3.
     """
 
     name: str

@@ -100,6 +100,15 @@ def test_the_search_helps(items):
     assert error(measure(Network(), items, W4A4), items, bits) <= found["search"]
 
 
+def test_the_mean_over_steps_is_of_the_balanced_input(items):
+    states = measure(Network(), items, replace(INT8, ranges="step-mean"))
+    largest = {}
+    for step, feed in items:
+        x = np.abs(feed["sample"] / states["conv"].factors[:, None, None]).max()
+        largest[step] = max(x, largest.get(step, 0))
+    assert states["conv"].input_clip == pytest.approx(np.mean(list(largest.values())) / max(largest.values()))
+
+
 def test_modelopt_finds_what_was_observed_and_clips_weights(items):
     """Its maxima are those of the balanced layers; with squared error as the measure it cuts some weights of 4 bits."""
     ours = measure(Network(), items, INT8)
