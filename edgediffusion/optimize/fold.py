@@ -151,7 +151,7 @@ def _rows(model: Any, block: Any, timesteps: np.ndarray, *, batch: int) -> dict[
     with tempfile.TemporaryDirectory() as temporary:
         store_weights(alone, Path(temporary))
         ir.save(alone, Path(temporary) / "model.onnx")
-        session = find("runtimes.engines", "onnxruntime").open_session(Path(temporary) / "model.onnx")
+        session = find("runtimes.engines", "onnxruntime").open_session(Path(temporary) / "model.onnx", threads=1)
         axes = {axis: 1 for spec in session.inputs for axis in spec.shape if isinstance(axis, str)}  # only the batch is looked at
         binding = session.bind({**axes, "batch": batch})
         for timestep in timesteps:
