@@ -1,4 +1,4 @@
-"""Whether a quantized graph gives finite numbers, and which layer is the first that does not."""
+"""Whether the layers of a quantized graph give finite numbers, and which is the first that does not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import BundleError, MissingExtra
+from edgediffusion.files import link_or_copy
 from edgediffusion.registry import find
 from edgediffusion.runtimes.graph import Graph
 
@@ -31,24 +32,46 @@ def write(binding: Any, feeds: Feeds) -> None:
 
 
 def check_finite(engine: Any, component: Component, file: Path, reference: Path, items: Sequence[Feeds]) -> None:
-    """Run ``file`` on each of ``items``. ``reference`` is the float graph, which has the layers' names.
+    """Run ``file`` on each of ``items`` and look at what every layer gives: an integer behind it would hide what is not finite.
+
+    ``reference`` is the float graph, which has the layers' names.
 
     Raises:
-        BundleError: the graph gives numbers that are not finite; the message names the first layer that does.
+        BundleError: numbers that are not finite; the message names the first layer, in the graph's order, that gives them.
         EngineError: the engine cannot load or run the graph.
     """
-    binding = None
-    for item in items:
-        binding = binding or bind(engine, component, file, item)
-        write(binding, item)
-        binding.run()
-        if not all(np.isfinite(array).all() for array in binding.outputs.values()):
-            raise not_finite(engine, component, file, reference, item)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".check-") as folder:
+        names = _tap(file, reference, Path(folder) / "model.onnx")
+        session = engine.open_session(Path(folder) / "model.onnx")
+        binding = Graph(replace(component, outputs=session.outputs), session).bind({n: a.shape for n, a in items[0].items()})
+        for item in items:
+            write(binding, item)
+            binding.run()
+            bad = [value for value in (*names, *binding.outputs) if not np.isfinite(binding.outputs[value]).all()]
+            if bad:
+                raise _not_finite(names.get(bad[0]), component)
 
 
-def not_finite(engine: Any, component: Component, file: Path, reference: Path, item: Feeds) -> BundleError:
-    """The error for a graph that gives numbers which are not finite with the inputs ``item``."""
-    layer = first_not_finite(engine, component, file, reference, item)
+def _tap(file: Path, reference: Path, tapped: Path) -> dict[str, str]:
+    """Write a copy of the graph that gives what each of its layers gives; the layers' names by output, in the graph's order."""
+    import onnx_ir as ir
+
+    from edgediffusion.optimize.graph_file import load_graph
+    from edgediffusion.optimize.graph_layers import find_layers
+
+    layers = {layer.node.outputs[0].name: layer.name for layer in find_layers(load_graph(reference).graph)}
+    model = ir.load(file)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    for location in {tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
+        link_or_copy(file.parent / location, tapped.parent / location)
+    there = {value.name for value in model.graph.outputs}
+    found = [value for node in model.graph for value in node.outputs if value.name in layers]
+    model.graph.outputs.extend(value for value in found if value.name not in there)
+    ir.save(model, tapped)
+    return {str(value.name): layers[value.name] for value in found}
+
+
+def _not_finite(layer: str | None, component: Component) -> BundleError:
     where = f"The layer '{layer}'" if layer else f"The graph '{component.name}', though none of its layers,"
     return BundleError(
         f"{where} gives numbers that are not finite once the graph is quantized",
@@ -56,30 +79,6 @@ def not_finite(engine: Any, component: Component, file: Path, reference: Path, i
         do="A float16 graph can overflow: export it with --dtype fp32. If it is float32, calibrate again, or keep the layer float: "
         "name it in the recipe's exclude.",
     )
-
-
-def first_not_finite(engine: Any, component: Component, file: Path, reference: Path, item: Feeds) -> str | None:
-    """The first layer, in the graph's order, whose output is not finite: all of them become outputs of a copy of the graph."""
-    import onnx_ir as ir
-
-    from edgediffusion.optimize.graph_file import load_graph
-    from edgediffusion.optimize.graph_layers import find_layers
-
-    names = {layer.node.outputs[0].name: layer.name for layer in find_layers(load_graph(reference).graph)}
-    model = load_graph(file)
-    there = {value.name for value in model.graph.outputs}
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name in names and value.name not in there:
-                model.graph.outputs.append(value)
-    with tempfile.TemporaryDirectory() as folder:
-        ir.save(model, Path(folder) / "model.onnx")
-        session = engine.open_session(Path(folder) / "model.onnx")
-        binding = Graph(replace(component, outputs=session.outputs), session).bind({name: array.shape for name, array in item.items()})
-        write(binding, item)
-        binding.run()
-        order = [str(value.name) for node in model.graph for value in node.outputs if value.name in names]
-        return next((names[name] for name in order if not np.isfinite(binding.outputs[name]).all()), None)
 
 
 def noise_feeds(bundle: Bundle, component: Component, *, seed: int = 0) -> dict[str, np.ndarray] | None:
@@ -103,7 +102,7 @@ def check_quantized(bundle: Bundle, component: Component, file: Path, engine_nam
     """One call of the quantized graph ``file`` of a float ``bundle``'s component, where its engine is here.
 
     Raises:
-        BundleError: what it gives is not finite.
+        BundleError: what a layer gives is not finite.
     """
     feeds = noise_feeds(bundle, component)
     engine = find("runtimes.engines", engine_name, kind="engine")

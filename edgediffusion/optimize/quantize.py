@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
@@ -16,7 +16,10 @@ from edgediffusion.optimize.finite import check_quantized
 from edgediffusion.optimize.graph_file import load_graph, store_weights
 from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe, recipe_of
 from edgediffusion.optimize.sensitivity_report import Sensitivity
-from edgediffusion.optimize.state import QuantizationState, weights_digest
+from edgediffusion.optimize.state import LayerState, QuantizationState, weights_digest
+
+if TYPE_CHECKING:
+    from edgediffusion.optimize.passes.insert_qdq import Report
 
 Progress = Callable[[str, float], None]
 
@@ -61,7 +64,8 @@ def quantize(
         check_weights(bundle, component, job.state)
     if sensitivity is not None:
         report_of = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
-        report_of.check(weights=known.weights, state=known.digest, recipe=job.recipe.name, target=device.name)
+        wanted = {"recipe": job.recipe.name, "target": device.name, "placement": job.placement.name}
+        report_of.check(weights=known.weights, state=known.digest, **wanted)
         job = replace(job, kept=report_of.kept)
     with files.new_folder(Path(output)) as folder:
         replaced = {component.model.rsplit("/", 1)[0] + "/" for component in chosen}
@@ -136,21 +140,26 @@ def check_weights(bundle: Bundle, component: Component, state: QuantizationState
 def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Job) -> dict[str, object]:
     import onnx_ir as ir
 
-    from edgediffusion.optimize.passes.add_low_rank import add_low_rank, places
-    from edgediffusion.optimize.passes.insert_qdq import insert_qdq
-
     prefix = f"{component.name}/"
     states = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
     model = prepared_graph(bundle.path / component.model, job.recipe)
-    states = {name: layer for name, layer in states.items() if name not in job.kept}
-    branches = places(model, states)
-    report = insert_qdq(model, states, job.recipe, job.placement)
-    add_low_rank(model, branches)
+    report = quantize_model(model, {n: s for n, s in states.items() if n not in job.kept}, job.recipe, job.placement)
     target = folder / component.model
     target.parent.mkdir(exist_ok=True)
     store_weights(model, target.parent)
     ir.save(model, target)
     return {"quantized": len(report.quantized), "float": {name: job.kept.get(name, reason) for name, reason in report.declined.items()}}
+
+
+def quantize_model(model: Any, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> Report:
+    """Quantize a prepared graph in place: the layers of ``states`` that the recipe does not keep float."""
+    from edgediffusion.optimize.passes.add_low_rank import add_low_rank, places
+    from edgediffusion.optimize.passes.insert_qdq import insert_qdq
+
+    branches = places(model, states)
+    report = insert_qdq(model, states, recipe, placement)
+    add_low_rank(model, branches)
+    return report
 
 
 def prepared_graph(file: Path, recipe: Recipe) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from edgediffusion import registry, targets
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError, OutputError
-from edgediffusion.optimize.calibrate import read_prompts
+from edgediffusion.optimize.calibrate import _same_source, read_prompts
 from edgediffusion.optimize.items import Drawing, check_drawing, draw_items
 from edgediffusion.optimize.quantize import check_formats, check_weights, recipe_for
 from edgediffusion.optimize.recipe import Placement, Recipe, load_placement
@@ -92,7 +92,10 @@ def sensitivity(
         raise OutputError(f"The output '{output}' exists already", do="Choose another name, or remove it first.")
     known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
     job = _job(bundle, known, recipe, target)
-    items, record = _items(job, request, source, progress)
+    prompts = _prompts(bundle, request, source)
+    if source is not None:
+        check_source(bundle, Path(source))
+    items, record = _items(job, request, prompts, progress)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".sensitivity-") as folder:
         bench = Bench(bundle, job.component, job.states, job.recipe, job.placement, job.engine, items, job.guidance_scale, Path(folder))
@@ -104,12 +107,13 @@ def sensitivity(
         weights=known.weights,
         state=known.digest,
         recipe=job.recipe.name,
+        placement=job.placement.name,
         component=job.component.name,
         measurement={
             "items": record,
             "runs": request.runs,
             "engine": {job.engine_name: job.engine.version(), "threads": request.threads},
-            "host": asdict(host()),
+            "host": {**asdict(host()), "cpu": list(host().cpu)},
         },
     )
     found.save(Path(output))
@@ -171,18 +175,28 @@ def _job(bundle: Bundle, state: QuantizationState, recipe: str | Recipe | None, 
     return _Job(bundle, denoisers[0], state, chosen, placement, device.name, name, engine)
 
 
-def _items(
-    job: _Job, request: Request, source: str | Path | None, progress: Progress
-) -> tuple[list[Mapping[str, np.ndarray]], Mapping[str, Any]]:
-    """Items that the calibration has not seen: drawn by its settings with the next seed."""
+def _prompts(bundle: Bundle, request: Request, source: str | Path | None) -> list[str]:
     if request.samples < 1 or request.runs < 1:
         raise ArgumentError("Sensitivity needs items and timed runs", got=f"{request.samples} and {request.runs}", allowed="1 and more")
-    prompts = list(request.prompts) if request.prompts is not None else read_prompts(job.bundle.path if source is None else Path(source))
+    return list(request.prompts) if request.prompts is not None else read_prompts(bundle.path if source is None else Path(source))
+
+
+def _items(
+    job: _Job, request: Request, prompts: Sequence[str], progress: Progress
+) -> tuple[list[Mapping[str, np.ndarray]], Mapping[str, Any]]:
+    """Items that the calibration has not seen: drawn by its settings with the next seed."""
     made = job.state.calibration
     drawing = Drawing("uniform", request.samples, len(made["counts"]), made["seed"] + 1, made["guidance_scale"], made["sampler"])
     check_drawing(drawing, prompts)
     drawn = draw_items(job.bundle, prompts, drawing, progress=progress)
     return [item.feeds for item in drawn.items], drawn.record
+
+
+def check_source(bundle: Bundle, source: Path) -> None:
+    """Refuse a source that the bundle was not exported from (SourceError, ArgumentError)."""
+    from edgediffusion.export.source import Source
+
+    _same_source(bundle, Source.open(source))
 
 
 def _layers(
@@ -192,8 +206,8 @@ def _layers(
     if not marked.quantized:
         raise ArgumentError(f"The recipe '{job.recipe.name}' quantizes no layer of this bundle: there is nothing to measure")
     wanted = [name for name in marked.layers if name in marked.quantized]
-    integers = all("fp8" not in job.recipe.formats(name) for name in wanted)
-    if source is None or not integers:
+    simulated = not job.recipe.rank and all("fp8" not in job.recipe.formats(name) for name in wanted)  # what torch can imitate here
+    if source is None or not simulated:
         errors = bench.errors(wanted, progress)
     else:
         from edgediffusion.optimize.sensitivity_errors import Quantization, errors_of_source
@@ -243,7 +257,7 @@ def choose(
     reasons = {name: _reason(layer, layers, name in slower, bound, target) for layer in layers if (name := layer.name) in kept}
     points = _points(layers, order, bench, frozenset(kept), len(slower))
     stated = {} if bound is None else {bound.kind: bound.value}
-    return Sensitivity("", "", "", target, "", reasons, tuple(layers), points, stated, tuple(notes))
+    return Sensitivity("", "", "", target, "", "", reasons, tuple(layers), points, stated, tuple(notes))
 
 
 def _two_sided(layers: Sequence[LayerCost], slower: Sequence[str], trial: Callable[[Collection[str]], Trial], notes: list[str]) -> set[str]:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from edgediffusion.bundle import Bundle, Component
-from edgediffusion.optimize.finite import bind, not_finite, write
+from edgediffusion.optimize.finite import bind, check_finite, write
 from edgediffusion.optimize.graph_file import store_weights
-from edgediffusion.optimize.quantize import prepared_graph
+from edgediffusion.optimize.quantize import prepared_graph, quantize_model
 from edgediffusion.optimize.recipe import Placement, Recipe
 from edgediffusion.optimize.sensitivity_plan import Steps
 from edgediffusion.optimize.sensitivity_times import (
@@ -65,7 +65,11 @@ class Bench:
         self._built = 0
 
     def open(self, *, runs: int, threads: int | None) -> None:
-        """Load the float graph and the one with every layer quantized."""
+        """Load the float graph and the one with every layer quantized.
+
+        Raises:
+            BundleError: a layer of the latter gives numbers that are not finite; the message names it.
+        """
         self._runs, self._threads = runs, threads
         self.marked: MarkedGraph = marked_quantized(self._float, self._states, self._recipe, self._placement)
         self._reference = bind(self._engine, self._component, self._float, self._items[0], threads=threads)
@@ -73,11 +77,7 @@ class Bench:
         self._all = self._open(frozenset())
 
     def trial(self, kept: frozenset[str]) -> Trial:
-        """Measure the graph with the layers ``kept`` float.
-
-        Raises:
-            BundleError: it gives numbers that are not finite; the message names the layer.
-        """
+        """Measure the graph with the layers ``kept`` float."""
         if kept not in self._trials:
             binding = self._open(kept) if kept else self._all
             error = self._error(binding)
@@ -121,25 +121,19 @@ class Bench:
         """The engine has read the file when it is removed."""
         import onnx_ir as ir
 
-        from edgediffusion.optimize.passes.insert_qdq import insert_qdq
-
         folder = self._folder / str(self._built)
         self._built += 1
         folder.mkdir()
         model = prepared_graph(self._float, self._recipe)
-        insert_qdq(model, {name: state for name, state in self._states.items() if name not in kept}, self._recipe, self._placement)
+        quantize_model(model, {name: state for name, state in self._states.items() if name not in kept}, self._recipe, self._placement)
         store_weights(model, folder)
         file = folder / Path(self._component.model).name
         ir.save(model, file)
         binding: Binding = bind(self._engine, self._component, file, self._items[0], threads=self._threads)
-        self._check(binding, file)
+        if not kept:
+            check_finite(self._engine, self._component, file, self._float, self._items)
         shutil.rmtree(folder, ignore_errors=True)
         return binding
-
-    def _check(self, binding: Binding, file: Path) -> None:
-        for item, prediction in zip(self._items, self._run(binding), strict=True):
-            if not np.isfinite(prediction).all():
-                raise not_finite(self._engine, self._component, file, self._float, item)
 
     def _error(self, binding: Binding) -> float:
         pairs = zip(self._run(binding), self._predictions, strict=True)

@@ -18,13 +18,11 @@ import numpy as np
 import torch
 
 from edgediffusion.bundle import Bundle, Component
-from edgediffusion.optimize.graph_file import load_graph
 from edgediffusion.optimize.integers import affine, channel_affine
 from edgediffusion.optimize.observe import tensors
-from edgediffusion.optimize.passes.split_concat import joined
+from edgediffusion.optimize.prepare import prepare_module
 from edgediffusion.optimize.recipe import Placement, Recipe
 from edgediffusion.optimize.simulate import NearestLayer
-from edgediffusion.optimize.split import split_module
 from edgediffusion.optimize.state import LayerState
 
 Feeds = Mapping[str, np.ndarray]
@@ -154,22 +152,16 @@ def errors_of_source(
     guidance_scale: float | None,
     progress: Callable[[float], None] = lambda part: None,
 ) -> dict[str, float]:
-    """``layer_errors`` of the network that a bundle's component was exported from.
-
-    Raises:
-        SourceError: no pipeline. ArgumentError: the bundle is of another source.
-    """
+    """``layer_errors`` of the network that a bundle's component was exported from, read from its ``source`` (SourceError)."""
     from edgediffusion.export.families import family_of
     from edgediffusion.export.source import Source
-    from edgediffusion.optimize.calibrate import _same_source
 
     origin = Source.open(source)
-    _same_source(bundle, origin)
     part = next(p for p in family_of(origin)[1].parts(origin) if p.name == component.name)
     network = origin.load(part.network)
     module = part.wrap(network)
     prefix = next(f"{name}." for name, child in module.named_children() if child is network)
-    split_module(module, joined(load_graph(bundle.path / component.model), quantization.recipe), prefix)
+    prepare_module(module, bundle.path / component.model, quantization.recipe, prefix)
     layers = quantized_layers(module, quantization, prefix)
     found = layer_errors(module, items, layers, guidance_scale=guidance_scale, progress=progress)
     return {name.removeprefix(prefix): error for name, error in found.items()}

@@ -37,15 +37,16 @@ class Point:
 class Sensitivity:
     """``kept`` are the layers that stay float, with the reason; ``layers`` all that the recipe quantizes, in the graph's order.
 
-    ``weights``, ``state``, ``recipe`` and ``target`` say what it holds for; ``bound`` is ``{"error": x}``, ``{"latency": x}`` or
-    empty. ``points`` are the Pareto table: the first k layers of the ranking float, for each k, and the choice itself. ``notes``
-    are sentences for a person. ``measurement`` says with which items, engine and processor.
+    ``weights``, ``state``, ``recipe``, ``target`` and ``placement`` say what it holds for; ``bound`` is ``{"error": x}``,
+    ``{"latency": x}`` or empty. ``points`` are the Pareto table: the first k layers of the ranking float, for each k, and the
+    choice itself. ``notes`` are sentences for a person. ``measurement`` says with which items, engine and processor.
     """
 
     weights: str
     state: str
     recipe: str
     target: str
+    placement: str
     component: str
     kept: Mapping[str, str]
     layers: tuple[LayerCost, ...]
@@ -86,10 +87,10 @@ class Sensitivity:
             raise ArgumentError(f"The sensitivity report '{path}' lacks or misstates a field: {error}") from None
         return found
 
-    def check(self, *, weights: str, state: str, recipe: str, target: str) -> None:
+    def check(self, *, weights: str, state: str, recipe: str, target: str, placement: str) -> None:
         """Refuse to serve anything but what it was measured for (ArgumentError)."""
-        wanted = {"weights": weights, "state": state, "recipe": recipe, "target": target}
-        words = {"weights": "another model", "state": "another quantization state", "recipe": "another recipe", "target": "another target"}
+        wanted = {"weights": weights, "state": state, "recipe": recipe, "target": target, "placement": placement}
+        words = {name: f"another {name}" for name in wanted} | {"weights": "another model", "state": "another quantization state"}
         differing = [name for name, value in wanted.items() if getattr(self, name) != value]
         if differing:
             name = differing[0]

@@ -2,7 +2,8 @@
 
 Nodes are given names by which the profile's can be told: a mark with the numbers of the layers that a node serves, such as
 ``layer<3,4>`` for a QuantizeLinear that two layers read. To a layer belong its Conv, MatMul or Gemm, the nodes that the
-quantized graph has more than the float one before its inputs, and those behind its output where that is quantized. A node
+quantized graph has more than the float one before its inputs, those behind its output where that is quantized, and an
+activation function that engines make part of a convolution. A node
 that serves several layers counts for each in equal parts. The engine adds nodes of its own, which change layouts: they are
 counted with the layer whose node ran nearest to them.
 """
@@ -19,14 +20,14 @@ import numpy as np
 import onnx_ir as ir
 
 from edgediffusion.optimize.graph_layers import Layer, find_layers
-from edgediffusion.optimize.passes.insert_qdq import insert_qdq
-from edgediffusion.optimize.quantize import prepared_graph
+from edgediffusion.optimize.quantize import prepared_graph, quantize_model
 from edgediffusion.optimize.recipe import Placement, Recipe
 from edgediffusion.optimize.state import LayerState
 from edgediffusion.runtimes.engines import Binding, NodeTime
 
 _MARK = re.compile(r"layer<([\d,]+)>")
 _ADDED_BY_ENGINE = re.compile(r"(_token_\d+|/.*)$")
+_FUSED = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid")
 _LAYOUT = ("Transpose", "ReorderInput", "ReorderOutput", "QuantizeLinear", "DequantizeLinear", "Cast")
 _BLOCK = 5  # timed calls of one graph before the next one's turn
 _CLOCK_MS = 1e-3  # profiles count microseconds
@@ -66,16 +67,17 @@ def marked_float(file: Path, recipe: Recipe) -> MarkedGraph:
     model = prepared_graph(file, recipe)
     layers = find_layers(model.graph)
     for number, layer in enumerate(layers):
-        _mark(layer.node, [number], model.graph)
+        for node in (layer.node, *_activation(layer.node)):
+            _mark(node, [number], model.graph)
     return MarkedGraph(model, tuple(layer.name for layer in layers))
 
 
 def marked_quantized(file: Path, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> MarkedGraph:
-    """The graph as ``insert_qdq`` makes it, its layers numbered as in the float one."""
+    """The graph as ``quantize`` makes it, its layers numbered as in the float one."""
     model = prepared_graph(file, recipe)
     before = {output.name for node in model.graph for output in node.outputs}
     layers = find_layers(model.graph)
-    report = insert_qdq(model, states, recipe, placement)
+    report = quantize_model(model, states, recipe, placement)
     quantized = frozenset(report.quantized)
     added = {node for node in model.graph if not {output.name for output in node.outputs} & before}
     outputs = set(model.graph.outputs)
@@ -90,7 +92,9 @@ def marked_quantized(file: Path, states: Mapping[str, LayerState], recipe: Recip
     for node, numbers in _serves(layers, giving, added).items():
         _mark(node, numbers, model.graph)
     for number, layer in enumerate(layers):
-        _mark(layer.node, [number], model.graph)
+        given = [layer.node, *(_behind(layer.node, added) if number in giving else ())][-1]
+        for node in (layer.node, *_activation(given)):
+            _mark(node, [number], model.graph)
     names = tuple(layer.name for layer in layers)
     return MarkedGraph(model, names, quantized, dict(report.declined), frozenset(names[n] for n in giving))
 
@@ -112,6 +116,12 @@ def _behind(node: ir.Node, added: set[ir.Node]) -> list[ir.Node]:
         users = {use.node for use in (found[-1] if found else node).outputs[0].uses()}
         found.extend(user for user in users if user in added and user.op_type == kind)
     return found
+
+
+def _activation(node: ir.Node) -> list[ir.Node]:
+    """The activation function that alone reads what the node gives, if the engine may make it part of a convolution."""
+    users = list(node.outputs[0].uses())
+    return [users[0].node] if len(users) == 1 and users[0].node.op_type in _FUSED else []
 
 
 def _above(node: ir.Node, among: set[ir.Node]) -> Iterable[ir.Node]:
