@@ -112,7 +112,7 @@ def test_quantize(library: Callable[..., Library], bundle: Bundle) -> None:
     quantize = library("edgediffusion.optimize", "quantize")
     run("quantize", bundle.path, "--state", "state", "-o", "out")
     assert quantize.arguments == (bundle, Path("state"), Path("out"))
-    assert quantize.settings == {"recipe": None, "target": "cpu-x86-64", "sensitivity": None}
+    assert quantize.settings == {"recipe": None, "target": "cpu-x86-64", "placement": None, "sensitivity": None}
 
 
 def test_build(library: Callable[..., Library], bundle: Bundle) -> None:
