@@ -54,8 +54,11 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def onnxruntime_static(model: str, feeds: Feeds, output: str, method: str) -> str:
-    """onnxruntime.quantization: its page's recipe, preprocessing and QDQ, with the types and ranges it recommends for x86-64."""
+def onnxruntime_static(model: str, feeds: Feeds, output: str, setting: str) -> str:
+    """onnxruntime.quantization: its page's recipe, preprocessing and QDQ, with the types that it recommends for x86-64.
+
+    ``setting`` is a calibration method, and the operators to quantize; all that it can where there are none.
+    """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -66,11 +69,21 @@ def onnxruntime_static(model: str, feeds: Feeds, output: str, method: str) -> st
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._items, None)
 
+    method, *operators = setting.split()
     # Its symbolic shape inference fails at the Attention node of opset 23 (an assertion); ONNX's own does not.
     prepared = f"{output}.prepared.onnx"
     quant_pre_process(model, prepared, skip_symbolic_shape=True)
-    types: dict[str, Any] = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
-    quantize_static(prepared, output, Reader(), quant_format=QuantFormat.QDQ, calibrate_method=CalibrationMethod[method], **types)
+    quantize_static(
+        prepared,
+        output,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=operators or None,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod[method],
+    )
     Path(prepared).unlink()
     return version("onnxruntime")
 
@@ -114,6 +127,7 @@ def modelopt(model: str, feeds: Feeds, output: str, method: str) -> str:
 
 TOOLS: dict[str, tuple[Callable[[str, Feeds, str, str], str], str]] = {
     "onnxruntime-minmax": (onnxruntime_static, "MinMax"),
+    "onnxruntime-layers": (onnxruntime_static, "MinMax Conv MatMul Gemm"),
     "onnxruntime-percentile": (onnxruntime_static, "Percentile"),
     "nncf-openvino": (nncf_on, "openvino"),
     "nncf-onnx": (nncf_on, "onnx"),

@@ -67,13 +67,17 @@ class Variant:
 
 VARIANTS = (
     Variant("float32", "", "onnxruntime"),
-    Variant("float32", "", "openvino"),
+    Variant("float32", "", "openvino bf16"),
+    Variant("float32", "", "openvino f32"),
     Variant("edgediffusion int8", "int8@onnxruntime-cpu", "onnxruntime"),
-    Variant("edgediffusion int8", "int8@openvino", "openvino"),
+    Variant("edgediffusion int8", "int8@openvino", "openvino bf16"),
+    Variant("edgediffusion int8", "int8@openvino", "openvino f32"),
     Variant("onnxruntime static, MinMax", "onnxruntime-minmax", "onnxruntime"),
+    Variant("onnxruntime static, MinMax, layers alone", "onnxruntime-layers", "onnxruntime"),
     Variant("onnxruntime static, Percentile", "onnxruntime-percentile", "onnxruntime"),
     Variant("nncf, of ONNX", "nncf-onnx", "onnxruntime"),
-    Variant("nncf, of OpenVINO", "nncf-openvino", "openvino"),
+    Variant("nncf, of OpenVINO", "nncf-openvino", "openvino bf16"),
+    Variant("nncf, of OpenVINO", "nncf-openvino", "openvino f32"),
     Variant("modelopt, entropy", "modelopt-entropy", "onnxruntime"),
     Variant("modelopt, max", "modelopt-max", "onnxruntime"),
 )
@@ -266,7 +270,7 @@ def _engines(variant: Variant) -> Sequence[str]:
 
 
 def _file(variant: Variant) -> str:
-    return "model.xml" if variant.engine == "openvino" else "model.onnx"
+    return "model.xml" if variant.engine.startswith("openvino") else "model.onnx"
 
 
 def _files_of(graph: Path) -> list[Path]:
