@@ -1,21 +1,19 @@
-"""Both observers on the shipped networks: one state, to float32's rounding, and int8 graphs that predict the same."""
+"""Both observers on the shipped networks: one state, to float32's rounding. benchmarks/observers.py draws with both."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
 import edgediffusion
-from edgediffusion.bundle import Bundle
 from edgediffusion.export import export
 from edgediffusion.export.families import family_of
 from edgediffusion.export.source import Source
 from edgediffusion.optimize.calibrate import state_of
 from edgediffusion.optimize.collect import Item
 from edgediffusion.optimize.items import Drawn
-from edgediffusion.optimize.quantize import quantize
 from edgediffusion.optimize.recipe import load_recipe
 
 REFERENCE = Path(edgediffusion.__file__).parent / "reference"
@@ -23,10 +21,10 @@ RANGES = ("input_low", "input_high", "output_low", "output_high")
 
 
 def items(bundle):
-    """Noise of the latents' size at four time steps; what it is does not matter, only that both observers see it."""
+    """Noise of the latents' size at two time steps; what it is does not matter, only that both observers see it."""
     rng, sizes = np.random.default_rng(0), {"batch": 2, "height": 8, "width": 8}
     component = bundle.with_role("denoise")[0]
-    for step, timestep in enumerate((999, 700, 300, 1)):
+    for step, timestep in enumerate((900, 100)):
         feeds = {s.name: rng.standard_normal([sizes.get(d, d) for d in s.shape]).astype(s.dtype) for s in component.inputs}
         yield Item(step, "", {**feeds, "timestep": np.full_like(feeds["timestep"], timestep)})
 
@@ -41,7 +39,9 @@ def test_both_observers_see_the_same(tmp_path, monkeypatch, name):
     bundle = export(source.path, tmp_path / "bundle")
     assert (bundle.path / "prompts.txt").read_bytes() == (source.path / "prompts.txt").read_bytes()
     drawn = Drawn(tuple(items(bundle)), {"guidance_scale": 3.0, "seed": 0})
-    graph, module = (state_of(bundle, origin, drawn, load_recipe("int8")) for origin in (None, source))
+    # Its factors follow the ranges smoothly; a search may choose another of two candidates that are equally good.
+    recipe = replace(load_recipe("int8"), balance="smoothquant")
+    graph, module = (state_of(bundle, origin, drawn, recipe) for origin in (None, source))
     assert graph.layers.keys() == module.layers.keys()
     for layer, expected in module.layers.items():
         found = graph.layers[layer]
@@ -49,16 +49,4 @@ def test_both_observers_see_the_same(tmp_path, monkeypatch, name):
             there = getattr(expected, part)
             # Sums in another order, through up to a hundred layers: 1e-5 was seen.
             np.testing.assert_allclose(getattr(found, part), there, atol=1e-4 * np.abs(there).max(), err_msg=f"{layer}: {part}")
-        np.testing.assert_array_equal(found.weight_amax.shape, expected.weight_amax.shape)
-    predicted = [_predict(quantize(bundle, s, tmp_path / n), drawn.items[1]) for n, s in (("graph", graph), ("module", module))]
-    exact = _predict(bundle, drawn.items[1])
-    errors = [float(np.linalg.norm(p - exact) / np.linalg.norm(exact)) for p in predicted]
-    assert errors[0] < 1.1 * errors[1] < 0.2
-
-
-def _predict(bundle: Bundle, item: Item) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    file = str(bundle.path / bundle.with_role("denoise")[0].model)
-    found = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]).run(None, dict(item.feeds))[0]
-    return np.asarray(found)
+        np.testing.assert_allclose(found.weight_amax, expected.weight_amax, rtol=1e-3, err_msg=layer)  # of f w
