@@ -52,6 +52,7 @@ class Component:
 
     ``feeds`` says under which name an output is fed to other graphs, where that is not its own: the text encoder's
     ``last_hidden_state`` is the denoiser's ``encoder_hidden_states``. Outputs that it does not list keep their name.
+    There may be several denoisers: each but the first takes the time steps ``below`` a number, as far as the next one.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Component:
     outputs: tuple[TensorSpec, ...]
     tokenizer: Tokenizer | None = None
     feeds: Mapping[str, str] = field(default_factory=dict)
+    below: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,11 +209,16 @@ def _to_json(bundle: Bundle) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "family": bundle.family,
-        "components": [asdict(c) for c in bundle.components],
+        "components": [component_facts(c) for c in bundle.components],
         "sampling": None if bundle.sampling is None else sampling_facts(bundle.sampling),
         "history": [asdict(v) for v in bundle.history],
         "files": {name: asdict(f) for name, f in bundle.files.items()},
     }
+
+
+def component_facts(component: Component) -> dict[str, Any]:
+    """A component as the manifest has it: ``below`` only where there is something to say."""
+    return {key: value for key, value in asdict(component).items() if key != "below" or value is not None}
 
 
 def sampling_facts(sampling: Sampling) -> dict[str, Any]:
@@ -274,6 +281,9 @@ def _component(content: Mapping[str, Any]) -> Component:
     feeds = content.get("feeds", {})
     if not set(feeds) <= {spec.name for spec in specs["outputs"]} or not all(isinstance(name, str) for name in feeds.values()):
         raise TypeError(f"feeds {feeds} names an output that the graph does not have")
+    below = content.get("below")
+    if below is not None and not (isinstance(below, (int, float)) and math.isfinite(below) and content["role"] == "denoise"):
+        raise TypeError(f"below {below} is no time step of a denoiser")
     tokenizer = content["tokenizer"] and _record(Tokenizer, content["tokenizer"])
     return _record(Component, {**content, **specs, "tokenizer": tokenizer})
 

@@ -17,6 +17,7 @@ from edgediffusion.optimize import parts
 from edgediffusion.optimize.items import Drawing, Drawn, Tell, check_drawing, draw_items
 from edgediffusion.optimize.measure import check_graph_recipe, measure, measure_graph
 from edgediffusion.optimize.recipe import Recipe, load_recipe
+from edgediffusion.optimize.stages import boundaries
 from edgediffusion.optimize.state import LayerState, QuantizationState, weights_digest
 from edgediffusion.registry import find
 
@@ -107,6 +108,7 @@ def state_of(
         calibration={**drawn.record, "observer": observer},
         layers={f"{component.name}/{name}": layer for name, layer in layers.items()},
         recipe=recipe.to_json(),
+        below=boundaries([(item.step, item.feeds) for item in drawn.items], recipe.stages),
         versions=versions,
     )
 

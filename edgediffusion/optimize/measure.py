@@ -20,7 +20,8 @@ from edgediffusion.optimize.integers import best_weight_amax
 from edgediffusion.optimize.low_rank import low_rank
 from edgediffusion.optimize.observed import Observed
 from edgediffusion.optimize.recipe import BITS, Recipe
-from edgediffusion.optimize.state import LayerState
+from edgediffusion.optimize.stages import split_items
+from edgediffusion.optimize.state import LayerState, Ranges
 
 if TYPE_CHECKING:
     import torch
@@ -54,14 +55,19 @@ def measure(
     from edgediffusion.optimize.observe import observe
     from edgediffusion.optimize.rounding import Job
 
-    found = observe(module, items, progress=lambda done: progress("observing layers", done / len(items)))
-    chosen = _Named(recipe, prefix)
-    layers = _balance(found, chosen)
+    by_stage = _observe_stages(lambda part, tell: observe(module, part, progress=tell), items, recipe.stages, progress)
+    found, chosen = _merged(by_stage), _Named(recipe, prefix)
+    layers = _staged(_balance(found, chosen), by_stage, recipe)
     feeds = [feed for _, feed in items]
     if recipe.ranges == "mse":
         few = {n: b for n in layers if (b := chosen.bits(n)[1]) <= LOW_BITS and not (chosen.excludes(n) or layers[n].is_constant)}
         clips = input_clips(module, feeds, layers, found, few, progress=lambda part: progress("ranges", part))
         layers = {name: replace(layer, input_clip=clips.get(name, 1.0)) for name, layer in layers.items()}
+        for stage, seen in enumerate(by_stage if recipe.stages > 1 else ()):
+            own = [feed for _, feed in split_items(items, recipe.stages)[stage]]
+            staged = {name: layer.of_stage(stage) for name, layer in layers.items()}
+            clips = input_clips(module, own, staged, seen, few, progress=lambda part: progress("ranges of a stage", part))
+            layers = {name: _clipped(layer, stage, clips.get(name, 1.0)) for name, layer in layers.items()}
     elif recipe.ranges.startswith("modelopt"):
         from edgediffusion.optimize.modelopt import calibrated
 
@@ -91,11 +97,50 @@ def measure_graph(
 
     check_graph_recipe(recipe)
 
-    def advance(done: int) -> None:
-        progress("observing layers", done / len(items))
+    def watch(part: Items, tell: Callable[[int], None]) -> dict[str, Observed]:
+        return observe_graph(bundle, component, part, recipe=recipe, folder=folder, progress=tell)
 
-    found = observe_graph(bundle, component, items, recipe=recipe, folder=folder, progress=advance)
-    return _balance(found, _Named(recipe, ""))
+    by_stage = _observe_stages(watch, items, recipe.stages, progress)
+    return _staged(_balance(_merged(by_stage), _Named(recipe, "")), by_stage, recipe)
+
+
+_Watch = Callable[[Items, Callable[[int], None]], dict[str, Observed]]
+
+
+def _observe_stages(watch: _Watch, items: Items, stages: int, progress: Progress) -> list[dict[str, Observed]]:
+    """What layers see, for each stage of sampling."""
+    found, done = [], 0
+    for part in split_items(items, stages):
+        before = done
+        found.append(watch(part, lambda now, before=before: progress("observing layers", (before + now) / len(items))))  # type: ignore[misc]
+        done += len(part)
+    return found
+
+
+def _merged(by_stage: Sequence[Mapping[str, Observed]]) -> dict[str, Observed]:
+    if len(by_stage) == 1:
+        return dict(by_stage[0])
+    return {name: Observed.merged([seen[name] for seen in by_stage]) for name in by_stage[0]}
+
+
+def _staged(layers: Mapping[str, LayerState], by_stage: Sequence[Mapping[str, Observed]], recipe: Recipe) -> dict[str, LayerState]:
+    """The layers with their ranges in each stage, where there are several."""
+    if len(by_stage) == 1:
+        return dict(layers)
+    found = {}
+    for name, layer in layers.items():
+        stages = []
+        for seen in (part[name] for part in by_stage):
+            clip = mean_over_steps(seen, layer.factors) if recipe.ranges == "step-mean" else 1.0
+            stages.append(Ranges(seen.input.low, seen.input.high, seen.output.low, seen.output.high, clip))
+        found[name] = replace(layer, stages=tuple(stages))
+    return found
+
+
+def _clipped(layer: LayerState, stage: int, clip: float) -> LayerState:
+    stages = list(layer.stages)
+    stages[stage] = replace(stages[stage], input_clip=clip)
+    return replace(layer, stages=tuple(stages))
 
 
 def check_graph_recipe(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +29,13 @@ class Channels:
         self.high = np.maximum(self.high, high)
         self.squares = self.squares + squares
         self.count += count
+
+    @classmethod
+    def merged(cls, parts: Sequence[Channels]) -> Channels:
+        whole = cls.none(len(parts[0].low))
+        for part in parts:
+            whole.add(part.low, part.high, part.squares, part.count)
+        return whole
 
     @property
     def amax(self) -> np.ndarray:
@@ -57,6 +64,17 @@ class Observed:
     @property
     def weight(self) -> np.ndarray:
         return self.read_weight()
+
+    @classmethod
+    def merged(cls, parts: Sequence[Observed]) -> Observed:
+        """One layer as it was seen in several runs."""
+        first = parts[0]
+        ends = (Channels.merged([part.input for part in parts]), Channels.merged([part.output for part in parts]))
+        whole = cls(first.read_weight, first.groups, *ends, readers=first.readers)
+        for part in parts:
+            for step, largest in part.steps.items():
+                whole.saw(step, largest)
+        return whole
 
     def saw(self, step: int, largest: np.ndarray) -> None:
         """Take note of max|x| [channels] of an input at a sampling step."""

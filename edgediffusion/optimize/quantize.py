@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import filecmp
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,7 @@ from edgediffusion.bundle import Bundle, Component, Verb, write
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import link_or_copy
 from edgediffusion.optimize.finite import check_quantized
-from edgediffusion.optimize.graph_file import load_graph, store_weights
+from edgediffusion.optimize.graph_file import WEIGHTS, load_graph, store_weights
 from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe, recipe_of
 from edgediffusion.optimize.sensitivity_report import Sensitivity
 from edgediffusion.optimize.state import LayerState, QuantizationState, weights_digest
@@ -39,25 +40,25 @@ def quantize(
     *,
     recipe: str | Recipe | None = None,
     target: str = "cpu-x86-64",
-    placement: Placement | None = None,
+    placement: str | Placement | None = None,
     sensitivity: str | Path | Sensitivity | None = None,
     progress: Progress = lambda label, part: None,
 ) -> Bundle:
     """Write the bundle with its denoiser quantized as ``recipe`` says, with Q/DQ nodes where ``target``'s engine wants them.
 
-    ``recipe`` is by default the one that the state was made for; it and ``target`` are names or paths of TOML files. ``placement``
-    is by default the target's. ``sensitivity`` is a report whose choice of layers stays float too. Which layers stayed float, and
+    ``recipe`` is by default the one that the state was made for, ``placement`` the target's; both and ``target`` are names or
+    paths of TOML files. ``sensitivity`` is a report whose choice of layers stays float too. Which layers stayed float, and
     why, is in the new bundle's history.
 
     Raises:
-        UnknownName: no such recipe or target. ArgumentError: the state belongs to other weights, does not serve the recipe, or the
-        engine lacks the recipe's number formats; the report was made for something else.
+        UnknownName: no such recipe, target or placement. ArgumentError: the state belongs to other weights or does not serve the
+        recipe, the engine lacks the recipe's number formats, or the report was made for something else.
         BundleError: the quantized graph gives numbers that are not finite; the message names the layer.
         OutputError: ``output`` exists or cannot be written.
     """
     device = targets.load(target)
     known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
-    job = _Job(known, recipe_for(known, recipe), placement or load_placement(device.placement))
+    job = _Job(known, recipe_for(known, recipe), load_placement(placement or device.placement))
     check_formats(job.recipe, job.placement)
     chosen = bundle.with_role("denoise")
     for component in chosen:
@@ -72,19 +73,31 @@ def quantize(
         kept = [name for name in bundle.files if not name.startswith("engines/") and not _is_replaced(name, replaced)]
         for name in kept:
             link_or_copy(bundle.path / name, folder / name)
-        report = {}
-        for at, component in enumerate(chosen):
-            progress(f"quantizing {component.name}", at / len(chosen))
-            report[component.name] = _quantize_graph(bundle, component, folder, job)
-            progress(f"checking {component.name}", (at + 0.5) / len(chosen))
-            check_quantized(bundle, component, folder / component.model, device.engines[0])
+        report: dict[str, object] = {}
+        components: list[Component] = []
+        for component in bundle.components:
+            parts = stage_components(component, job.state.below) if component in chosen else (component,)
+            components += parts
+            for stage, part in enumerate(parts if component in chosen else ()):
+                progress(f"quantizing {part.name}", stage / len(parts))
+                report[part.name] = _quantize_graph(bundle, component, part, stage, folder, job)
+                progress(f"checking {part.name}", (stage + 0.5) / len(parts))
+                if job.placement.name == device.placement:  # otherwise the graph is for an engine that is not the target's
+                    check_quantized(bundle, component, folder / part.model, device.engines[0])
+            _share_weights([(folder / part.model).parent / WEIGHTS for part in parts if component in chosen])
         progress("writing", 1.0)
-        arguments = {"recipe": job.recipe.name, "target": device.name, "state": job.state.digest, "layers": report}
+        arguments = {
+            "recipe": job.recipe.name,
+            "target": device.name,
+            "placement": job.placement.name,
+            "state": job.state.digest,
+            "layers": report,
+        }
         versions = {"edgediffusion": __version__, "onnx-ir": version("onnx-ir")}
         write(
             folder,
             family=bundle.family,
-            components=bundle.components,
+            components=tuple(components),
             sampling=bundle.sampling,
             history=(*bundle.history, Verb("quantize", arguments, versions)),
             known={name: bundle.files[name] for name in kept},
@@ -98,7 +111,7 @@ def recipe_for(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
     if wanted is None:
         return own
     recipe = load_recipe(wanted)
-    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "eight", "split", "rotate")
+    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "stages", "eight", "split", "rotate")
     differing = [field for field in fields if getattr(recipe, field) != getattr(own, field)]
     if differing:
         raise ArgumentError(
@@ -123,7 +136,7 @@ def check_formats(recipe: Recipe, placement: Placement) -> None:
 
 
 def _is_replaced(name: str, folders: set[str]) -> bool:
-    return name.endswith((".onnx", ".safetensors")) and any(name.startswith(folder) for folder in folders)
+    return not name.endswith((".json", ".txt")) and any(name.startswith(folder) for folder in folders)
 
 
 def check_weights(bundle: Bundle, component: Component, state: QuantizationState) -> None:
@@ -137,14 +150,31 @@ def check_weights(bundle: Bundle, component: Component, state: QuantizationState
         )
 
 
-def _quantize_graph(bundle: Bundle, component: Component, folder: Path, job: _Job) -> dict[str, object]:
+def stage_components(component: Component, below: Sequence[float]) -> tuple[Component, ...]:
+    """A denoiser for each stage of sampling: itself, and one that takes over below each of the time steps."""
+    file = component.model.rsplit("/", 1)[-1]
+    later = [(f"{component.name}_{at}", t) for at, t in enumerate(below, 2)]
+    return (component, *(replace(component, name=name, model=f"{name}/{file}", below=t) for name, t in later))
+
+
+def _share_weights(stored: Sequence[Path]) -> None:
+    """Let stages whose weights are the same have one file of them."""
+    for other in stored[1:]:
+        if filecmp.cmp(stored[0], other, shallow=False):
+            other.unlink()
+            link_or_copy(stored[0], other)
+
+
+def _quantize_graph(bundle: Bundle, component: Component, part: Component, stage: int, folder: Path, job: _Job) -> dict[str, object]:
+    """Write ``part``, the quantized graph of ``component`` for a stage of sampling."""
     import onnx_ir as ir
 
     prefix = f"{component.name}/"
-    states = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
+    layers = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
+    states = {name: layer.of_stage(stage) for name, layer in layers.items()}
     model = prepared_graph(bundle.path / component.model, job.recipe)
     report = quantize_model(model, {n: s for n, s in states.items() if n not in job.kept}, job.recipe, job.placement)
-    target = folder / component.model
+    target = folder / part.model
     target.parent.mkdir(exist_ok=True)
     store_weights(model, target.parent)
     ir.save(model, target)

@@ -25,6 +25,7 @@ _HERE = Path(__file__).parent
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
 RANGES = ("max", "mse", "step-mean", "modelopt-max", "modelopt-mse")
 LARGEST_RANK = 256
+MOST_STAGES = 8
 GROUPS = (0, 16, 32, 64, 128, 256)  # block sizes that engines' kernels for 4-bit weights have
 _FORMATS = (*BITS, "float")
 
@@ -39,7 +40,8 @@ class Recipe:
     name files of those folders; ``ranges`` is ``max``, the observed ones, ``mse``, those with the least squared error, ``step-mean``,
     inputs up to the mean of the steps' largest values, or what nvidia-modelopt's algorithms find. ``activations = "float"``
     quantizes weights only; then ``group`` may give linear layers' weights a scale for every so many input channels (0: one for
-    all). ``rank`` gives linear layers of few bits a float branch of that rank. ``fp8`` is E4M3.
+    all). ``rank`` gives linear layers of few bits a float branch of that rank. Activations have ranges of their own in each of
+    ``stages`` runs of sampling steps, and there is a graph for each. ``fp8`` is E4M3.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Recipe:
     rounding: str = "nearest"
     group: int = 0
     rank: int = 0
+    stages: int = 1
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
@@ -90,10 +93,10 @@ class Placement:
     """Where an engine wants Q/DQ nodes.
 
     ``activations`` is the format of 8-bit activations, ``uint8`` with a zero point or ``int8`` without; ``inputs`` and
-    ``outputs`` are the operators with Q/DQ there. With ``channel_scales`` quantizers of activations may have a scale for each
-    channel on the one side of a pair and another scale on the other; without, balancing costs a multiplication. ``int4`` is
-    what codes of 4-bit weights are stored as where activations are integers too: ``int4``, or ``int8`` where the engine's kernels
-    take no other. ``formats`` are those of weights and activations that the engine has kernels for.
+    ``outputs`` are the operators with Q/DQ there. With ``channel_scales``, unsigned outputs have a scale
+    for each channel: Q has 1 and DQ a vector, which the engine must not mind. ``int4`` is what codes of 4-bit weights are stored as
+    where activations are integers too: ``int4``, or ``int8`` where the engine's kernels take no other. ``formats`` are those of
+    weights and activations that the engine has kernels for.
     """
 
     name: str
@@ -134,6 +137,16 @@ def _check_together(recipe: Recipe) -> None:
         )
     if not (isinstance(recipe.rank, int) and 0 <= recipe.rank <= LARGEST_RANK):
         raise ArgumentError(f"'{recipe.name}' asks for a rank that is none", got=repr(recipe.rank), allowed=f"0..{LARGEST_RANK}")
+    if not (isinstance(recipe.stages, int) and 1 <= recipe.stages <= MOST_STAGES):
+        raise ArgumentError(
+            f"'{recipe.name}' asks for a number of stages that is none", got=repr(recipe.stages), allowed=f"1..{MOST_STAGES}"
+        )
+    if recipe.stages > 1 and (recipe.rounding not in ("nearest", "gptq") or recipe.ranges.startswith("modelopt")):
+        raise ArgumentError(
+            f"'{recipe.name}' asks for stages beside methods that find one range for all steps",
+            got=f"rounding = {recipe.rounding!r}, ranges = {recipe.ranges!r}",
+            allowed="rounding 'nearest' or 'gptq', ranges 'max', 'mse' or 'step-mean'",
+        )
     if recipe.rank and recipe.ranges.startswith("modelopt"):
         raise ArgumentError(
             f"'{recipe.name}' asks for a branch of low rank, and for ModelOpt's ranges of the weights without it",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ MANIFEST, VECTORS = "state.json", "vectors.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
+class Ranges:
+    """What a layer's input and output span in one stage of sampling; as in ``LayerState``."""
+
+    input_low: np.ndarray
+    input_high: np.ndarray
+    output_low: np.ndarray
+    output_high: np.ndarray
+    input_clip: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class LayerState:
     """One layer.
 
@@ -33,6 +44,7 @@ class LayerState:
     times ``input_clip``, ``output_clip``. ``weight_amax`` bounds f w: [out], or [out, groups] of its input channels. ``codes``,
     int8 and shaped like the weight, are its rounding where that is not to nearest; ``bias`` [out] takes the place of the layer's
     where it was learned. ``up`` [out, rank] and ``down`` [rank, in] are a float branch: what is quantized is f w - up down.
+    ``stages`` are the ranges in each stage of sampling, where a recipe asks for several; the layer's own are those of all.
     """
 
     factors: np.ndarray
@@ -47,6 +59,11 @@ class LayerState:
     bias: np.ndarray | None = None
     up: np.ndarray | None = None
     down: np.ndarray | None = None
+    stages: tuple[Ranges, ...] = ()
+
+    def of_stage(self, stage: int) -> LayerState:
+        """The layer with the ranges of one stage."""
+        return replace(self, stages=(), **vars(self.stages[stage])) if self.stages else self
 
     def without_branch(self, weight: np.ndarray) -> np.ndarray:
         """f w [out, in] less what the float branch computes."""
@@ -68,18 +85,20 @@ class LayerState:
 
 
 _ARRAYS = ("factors", "input_low", "input_high", "output_low", "output_high", "weight_amax", "codes", "bias", "up", "down")
+_BOUNDS = ("input_low", "input_high", "output_low", "output_high")
 _OPTIONAL = ("codes", "bias", "up", "down")
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizationState:
     """``weights`` says which weights the state belongs to (see ``weights_digest``), ``calibration`` how it was found,
-    ``recipe`` for which number formats."""
+    ``recipe`` for which number formats, ``below`` the time steps below which each stage of sampling but the first begins."""
 
     weights: str
     calibration: Mapping[str, Any]
     layers: Mapping[str, LayerState]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    below: tuple[float, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -116,7 +135,8 @@ class QuantizationState:
             raise ArgumentError(f"'{path}/{VECTORS}' is not the file that '{MANIFEST}' was written with", do="Calibrate again.")
         try:
             layers = {name: _layer(name, entry, vectors) for name, entry in content["layers"].items()}
-            return cls(content["weights"], content["calibration"], layers, content["recipe"], content["versions"])
+            below = tuple(float(t) for t in content["below"])
+            return cls(content["weights"], content["calibration"], layers, content["recipe"], below, content["versions"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(f"The quantization state '{path}' lacks or misstates a field: {error}") from None
 
@@ -126,6 +146,7 @@ class QuantizationState:
             "weights": self.weights,
             "calibration": self.calibration,
             "recipe": self.recipe,
+            "below": list(self.below),
             "versions": self.versions,
             "layers": {name: _entry(layer) for name, layer in self.layers.items()},
             "vectors": _vectors_digest(self._vectors()),
@@ -133,6 +154,9 @@ class QuantizationState:
 
     def _vectors(self) -> dict[str, np.ndarray]:
         found = {f"{name}:{part}": getattr(layer, part) for name, layer in self.layers.items() for part in _ARRAYS}
+        for name, layer in self.layers.items():
+            for at, stage in enumerate(layer.stages):
+                found |= {f"{name}:{at}:{part}": getattr(stage, part) for part in _BOUNDS}
         return {name: np.ascontiguousarray(array) for name, array in found.items() if array is not None}
 
 
@@ -156,6 +180,7 @@ def _entry(layer: LayerState) -> dict[str, Any]:
         "factors": {"low": float(layer.factors.min()), "high": float(layer.factors.max())},
         "weight_amax": float(layer.weight_amax.max()),
         "rounding": "nearest" if layer.codes is None else "codes",
+        "stages": [stage.input_clip for stage in layer.stages],
         "rank": 0 if layer.down is None else len(layer.down),
     }
 
@@ -164,7 +189,12 @@ def _layer(name: str, entry: Mapping[str, Any], vectors: Mapping[str, np.ndarray
     parts = {part: vectors.get(f"{name}:{part}") for part in _ARRAYS}
     if missing := [part for part, array in parts.items() if array is None and part not in _OPTIONAL]:
         raise KeyError(f"{name}:{missing[0]}")
-    return LayerState(**parts, input_clip=entry["input"]["clip"], output_clip=entry["output"]["clip"])  # type: ignore[arg-type]
+    stages = []
+    for at, clip in enumerate(entry["stages"]):
+        bounds = {part: vectors[f"{name}:{at}:{part}"] for part in _BOUNDS}
+        stages.append(Ranges(**bounds, input_clip=float(clip)))
+    clips = {"input_clip": entry["input"]["clip"], "output_clip": entry["output"]["clip"]}
+    return LayerState(**parts, **clips, stages=tuple(stages))  # type: ignore[arg-type]
 
 
 def _vectors_digest(vectors: Mapping[str, np.ndarray]) -> str:

@@ -48,7 +48,7 @@ def profile(
 def summarize(bundle: Bundle, times: dict[str, Latency], used: Memory, target: str | None) -> Profile:
     denoisers = [times[c.name].median_ms for c in bundle.with_role("denoise")]
     sizes = {c.name: bundle.size_bytes(f"{c.model.rsplit('/', 1)[0]}/") for c in bundle.components}
-    return Profile(machine(), target, times, sum(denoisers), used, bundle.size_bytes(), sizes)
+    return Profile(machine(), target, times, max(denoisers, default=0.0), used, bundle.size_bytes(), sizes)
 
 
 def machine() -> str:

@@ -27,7 +27,8 @@ class Denoiser:
     ``conditions`` are fed with every call, each [rows, ...]. With ``classifier_free_scale`` a call has two rows per
     image, the unconditional ones first as in diffusers, and the prediction is u + scale (c - u) (Ho and Salimans
     2022, in diffusers' parametrization). ``observe`` gets the number of the step and a copy of each array fed.
-    ``corrector`` changes the guided prediction before it becomes an estimate of x_0.
+    ``corrector`` changes the guided prediction before it becomes an estimate of x_0. ``later`` are bindings that take over
+    below a time step each, from high ones to low.
     """
 
     binding: Binding
@@ -37,34 +38,37 @@ class Denoiser:
     classifier_free_scale: float | None = None
     observe: Observe | None = None
     corrector: Corrector | None = None
+    later: tuple[tuple[float, Binding], ...] = ()
 
     def __call__(self, x: np.ndarray, i: int) -> np.ndarray:
         point = self.points.at[i]
-        self._feed(x, point.timestep)
+        binding = self._fed(x, point.timestep)
         if self.observe is not None:
-            self.observe(i, {name: array.copy() for name, array in self.binding.inputs.items()})
-        output = self._run()
+            self.observe(i, {name: array.copy() for name, array in binding.inputs.items()})
+        output = self._run(binding)
         if self.corrector is not None:
             self.corrector.prediction(output, x, i)
         return to_x0(self.prediction, x, output, point)
 
     def predict(self, x: np.ndarray, at: Point) -> np.ndarray:
         """The guided prediction itself, uncorrected, for x [images, ...] at any point; a new array."""
-        self._feed(x, at.timestep)
-        return self._run()
+        return self._run(self._fed(x, at.timestep))
 
-    def _run(self) -> np.ndarray:
-        self.binding.run()
-        (output,) = self.binding.outputs.values()
+    def _run(self, binding: Binding) -> np.ndarray:
+        binding.run()
+        (output,) = binding.outputs.values()
         return self._guided(output.astype(np.float32))
 
-    def _feed(self, x: np.ndarray, timestep: float) -> None:
+    def _fed(self, x: np.ndarray, timestep: float) -> Binding:
+        """The binding for a time step, with its inputs written."""
+        binding = next((later for below, later in reversed(self.later) if timestep < below), self.binding)
         # The conditions are written each time, although they do not change: another loop may use the same buffers.
-        inputs = self.binding.inputs
+        inputs = binding.inputs
         for name, rows in self.conditions.items():
             inputs[name][...] = rows
         inputs["timestep"][...] = round(timestep) if inputs["timestep"].dtype.kind in "iu" else timestep
         inputs["sample"].reshape(-1, *x.shape)[...] = x
+        return binding
 
     def _guided(self, output: np.ndarray) -> np.ndarray:
         if self.classifier_free_scale is None:

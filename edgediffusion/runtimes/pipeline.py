@@ -84,7 +84,7 @@ class Pipeline:
         graphs = [Graph(c, sessions[c.name]) for c in bundle.components if c.name in sessions]
         self.bundle = bundle
         self.sampling = _sampling(bundle)
-        self._denoise = _only(bundle, graphs, "denoise")
+        self._denoise, self._later = _denoisers(bundle, graphs)
         self._decode = _only(bundle, graphs, "decode") if bundle.with_role("decode") else None
         self._encoders = tuple(TextEncoder(g, bundle.path) for g in graphs if g.component.role == "encode")
         self._check_conditions()
@@ -205,9 +205,10 @@ class Pipeline:
     def _denoiser(self, plan: Plan, conditions: Mapping[str, np.ndarray]) -> Denoiser:
         rows = plan.images * (2 if plan.classifier_free else 1)
         shapes = {name: rows_of.shape for name, rows_of in conditions.items()}
-        binding = self._denoise.bind({**shapes, "sample": (rows, *plan.latent_shape[1:])})
+        shapes["sample"] = (rows, *plan.latent_shape[1:])
+        later = tuple((below, graph.bind(shapes)) for below, graph in self._later)
         scale = plan.guidance_scale if plan.classifier_free else None
-        return Denoiser(binding, self.sampling.prediction, plan.points, conditions, scale)
+        return Denoiser(self._denoise.bind(shapes), self.sampling.prediction, plan.points, conditions, scale, later=later)
 
     def _run(self, request: Request, plan: Plan, denoiser: Denoiser) -> Run:
         seeds = request.seed + _OTHER_STREAM if isinstance(request.seed, int) else [seed + _OTHER_STREAM for seed in request.seed]
@@ -289,6 +290,16 @@ def _only(bundle: Bundle, graphs: Sequence[Graph], role: str) -> Graph:
     if len(found) != 1:
         raise BundleError(f"A pipeline runs one '{role}' graph", got=f"{len(found)} in '{bundle.path}'")
     return found[0]
+
+
+def _denoisers(bundle: Bundle, graphs: Sequence[Graph]) -> tuple[Graph, tuple[tuple[float, Graph], ...]]:
+    """The denoiser, and those that take over below a time step, from high ones to low."""
+    found = [graph for graph in graphs if graph.component.role == "denoise"]
+    first = [graph for graph in found if graph.component.below is None]
+    if len(first) != 1:
+        raise BundleError("A pipeline runs one 'denoise' graph from the first step on", got=f"{len(first)} in '{bundle.path}'")
+    later = [(graph.component.below, graph) for graph in found if graph.component.below is not None]
+    return first[0], tuple(sorted(later, key=lambda entry: -entry[0]))
 
 
 def _first_noise(request: Request, plan: Plan, noise: noises.Noise) -> np.ndarray:
