@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from _report import REFERENCE, save
 
+from edgediffusion import text
 from edgediffusion.bundle import Bundle
 from edgediffusion.cli._progress import Progress
 from edgediffusion.export import export
@@ -31,6 +32,7 @@ from edgediffusion.optimize.sensitivity_errors import Quantization, errors_of_so
 from edgediffusion.registry import find
 
 SAMPLES, STEPS, GUIDANCE, ITEMS = 128, 20, 5.0, 20
+PROBES = (1, 4, 8)
 
 
 def main() -> None:
@@ -51,11 +53,10 @@ def main() -> None:
     print(found.markdown())
     print("\n".join(found.notes))
     if checked:
-        print(
-            f"\nSpearman {checked['spearman']:.3f} over {len(checked['layers'])} layers; {checked['passes_s']:.0f} s for all by a few ",
-            end="",
-        )
-        print(f"passes, {checked['one_at_a_time_s']:.0f} s for these one at a time")
+        seconds = checked["seconds"]
+        rows = [[f"{probes} probes", f"{value:.3f}", f"{seconds[probes]:.1f}"] for probes, value in checked["spearman"].items()]
+        rows.append([f"one at a time, {len(checked['layers'])} layers", "1", f"{seconds['one at a time']:.1f}"])
+        print("\n" + text.markdown_table(["errors", "Spearman", "processor s"], rows))
     save(f"sensitivity_{arguments.model.replace('-', '_')}", {"runs": arguments.runs, "report": asdict(found), "check": checked})
 
 
@@ -71,19 +72,24 @@ def _check(bundle: Bundle, state: QuantizationState, source: Path, folder: Path,
     bench.open(runs=1, threads=1)
     marked = bench.marked
     names = [name for name in marked.layers if name in marked.quantized]
-    started = time.process_time()
     quantization = Quantization(states, recipe, placement, names, marked.quantized_outputs)
-    quick = errors_of_source(bundle, component, source, items, quantization, guidance_scale=GUIDANCE)
-    passes_s, started = time.process_time() - started, time.process_time()
+    quick, seconds = {}, {}
+    for probes in PROBES:
+        started = time.process_time()
+        quick[probes] = errors_of_source(bundle, component, source, items, quantization, guidance_scale=GUIDANCE, probes=probes)
+        seconds[probes] = time.process_time() - started
+    started = time.process_time()
     chosen = names if count == 0 else names[:: max(1, len(names) // count)]
     exact = bench.errors(chosen, progress)
-    ranks = [np.argsort(np.argsort([errors[name] for name in chosen])) for errors in (quick, exact)]
     return {
-        "spearman": float(np.corrcoef(*ranks)[0, 1]),
-        "passes_s": passes_s,
-        "one_at_a_time_s": time.process_time() - started,
-        "layers": {name: {"passes": quick[name], "one at a time": exact[name]} for name in chosen},
+        "spearman": {probes: _spearman([errors[n] for n in chosen], [exact[n] for n in chosen]) for probes, errors in quick.items()},
+        "seconds": {**seconds, "one at a time": time.process_time() - started},
+        "layers": {n: {**{f"{probes} probes": errors[n] for probes, errors in quick.items()}, "one at a time": exact[n]} for n in chosen},
     }
+
+
+def _spearman(a: list[float], b: list[float]) -> float:
+    return float(np.corrcoef(*(np.argsort(np.argsort(values)) for values in (a, b)))[0, 1])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from edgediffusion.optimize.simulate import NearestLayer
 from edgediffusion.optimize.state import LayerState
 
 Feeds = Mapping[str, np.ndarray]
+PROBES = 4  # random directions for each item: docs/sensitivity.md has what fewer and more do
 
 
 class QuantizedLayer(NearestLayer):
@@ -68,7 +69,7 @@ def layer_errors(
     layers: Mapping[str, torch.nn.Module],
     *,
     guidance_scale: float | None = None,
-    probes: int = 4,
+    probes: int = PROBES,
     seed: int = 0,
     progress: Callable[[float], None] = lambda part: None,
 ) -> dict[str, float]:
@@ -150,6 +151,7 @@ def errors_of_source(
     quantization: Quantization,
     *,
     guidance_scale: float | None,
+    probes: int = PROBES,
     progress: Callable[[float], None] = lambda part: None,
 ) -> dict[str, float]:
     """``layer_errors`` of the network that a bundle's component was exported from, read from its ``source`` (SourceError)."""
@@ -163,7 +165,7 @@ def errors_of_source(
     prefix = next(f"{name}." for name, child in module.named_children() if child is network)
     prepare_module(module, bundle.path / component.model, quantization.recipe, prefix)
     layers = quantized_layers(module, quantization, prefix)
-    found = layer_errors(module, items, layers, guidance_scale=guidance_scale, progress=progress)
+    found = layer_errors(module, items, layers, guidance_scale=guidance_scale, probes=probes, progress=progress)
     return {name.removeprefix(prefix): error for name, error in found.items()}
 
 
