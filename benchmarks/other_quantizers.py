@@ -157,10 +157,14 @@ class _Bench:
         """Pictures' figures, the bytes of the graph with its weights, and the tool's version; or why there are none."""
         try:
             graph, made = self.made(variant)
+            pixels = self._draw(graph, variant)
+        except EngineError as error:
+            return {"failed": str(error)[-200:]}
         except subprocess.CalledProcessError as error:
-            return {"failed": error.stderr.strip().splitlines()[-1][:200]}
-        quality = self._reference.measure(self._draw(graph, variant))
-        return {**made, **_figures(quality), "bytes": sum(file.stat().st_size for file in _files_of(graph))}
+            said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+            return {"failed": said[-1][:200]}
+        size = sum(file.stat().st_size for file in _files_of(graph))
+        return {**made, **_figures(self._reference.measure(pixels)), "bytes": size}
 
     def times(self, variants: Sequence[Variant], runs: int) -> dict[tuple[str, str], dict[str, Any]]:
         """One guided step of one picture, by the variants' keys; ratios are to the float32 of ``FLOAT``."""
