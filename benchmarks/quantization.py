@@ -130,9 +130,10 @@ class _Bench:
         with mock.patch("edgediffusion.optimize.observe.observe", lambda *a, **k: self._seen(key, observe, *a, **k)):
             yield
 
-    def _seen(self, key: tuple[object, ...], watch: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    def _seen(self, key: tuple[object, ...], watch: Callable[..., Any], module: Any, items: Any, **more: Any) -> Any:
+        key = (*key, len(items), items[0][0])  # a stage's items are a part of all
         if key not in self._observed:
-            self._observed[key] = watch(*arguments, **more)
+            self._observed[key] = watch(module, items, **more)
         return self._observed[key]
 
     def _draw(self, bundle: Bundle) -> np.ndarray:
@@ -201,6 +202,7 @@ def _papers() -> Sequence[_Case]:
         "ditas": {"balance": "ditas"},
         "rotation (HQ-DiT)": {"rotate": ("",)},
         "search (ours)": {"balance": "search"},
+        "search, 2 stages (APQ-DM, TDQ)": {"balance": "search", "stages": 2},
         "search, rank 32 (SVDQuant)": {"balance": "search", "rank": 32},
     }
     placement, cases = load_placement("onnxruntime_cpu"), []
