@@ -166,6 +166,12 @@ def _job(bundle: Bundle, state: QuantizationState, recipe: str | Recipe | None, 
     if len(denoisers) != 1:
         raise ArgumentError("Sensitivity needs a bundle with one denoiser", got=f"{len(denoisers)} of them")
     check_weights(bundle, denoisers[0], state)
+    if state.below:
+        raise ArgumentError(
+            f"The recipe '{chosen.name}' has a graph for each stage of sampling, and sensitivity measures one",
+            got=f"{len(state.below) + 1} stages",
+            do="Measure with a state of one stage: set stages = 1 in the recipe and calibrate again.",
+        )
     name = device.engines[0]
     engine = registry.find("runtimes.engines", name, kind="engine")
     if not hasattr(engine, "time_nodes"):

@@ -307,6 +307,11 @@ def test_a_recipe_that_quantizes_nothing_is_refused(tmp_path, bundle, state):
         sensitivity(bundle, nothing, tmp_path / "report.json", request=REQUEST)
 
 
+def test_a_state_of_several_stages_is_refused(tmp_path, bundle, state):
+    with pytest.raises(ArgumentError, match="measures one. Got: 2 stages"):
+        sensitivity(bundle, replace(state, below=(500.0,)), tmp_path / "report.json", request=REQUEST)
+
+
 # --- numbers that are not finite
 
 
