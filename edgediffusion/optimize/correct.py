@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgediffusion.bundle import Bundle
+from edgediffusion.bundle import Bundle, Sampling
 from edgediffusion.errors import ArgumentError, OutputError
 from edgediffusion.runtimes.corrections import Corrector, Measured, Parameters, Run
 from edgediffusion.runtimes.corrections._file import Correction, graph_digest, measured
@@ -60,6 +60,8 @@ def correct(
     pair = _Pair(Pipeline.from_bundle(reference), Pipeline.from_bundle(bundle), tuple(_batches(prompts, samples, seed)), progress)
     settings: dict[str, Any] = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance_scale}
     deployment = pair.quantized.deployment(**settings)
+    # A folded bundle may recommend other steps than the reference: both draw as this one does.
+    settings = {"num_inference_steps": deployment.steps, "sampler": deployment.sampler, "guidance_scale": deployment.guidance_scale}
     first = moments = pair.moments(deployment.steps, settings)
     if rule.OUTLIERS is not None:
         moments = pair.moments(deployment.steps, settings, bounds=Bounds.of(first, rule.OUTLIERS))
@@ -160,9 +162,14 @@ def _rms(moments: Moments, rule: Measured, parameters: Parameters) -> dict[str, 
     }
 
 
+def _network_facts(bundle: Bundle) -> Sampling | None:
+    """What folding a bundle does not change."""
+    return bundle.sampling and replace(bundle.sampling, folded=None, sampler="", steps=0)
+
+
 def _check_pair(bundle: Bundle, reference: Bundle) -> None:
     sources = [next((verb.arguments.get("source") for verb in b.history if verb.name == "export"), None) for b in (bundle, reference)]
-    if sources[0] != sources[1] or bundle.sampling != reference.sampling:
+    if sources[0] != sources[1] or _network_facts(bundle) != _network_facts(reference):
         raise ArgumentError(
             f"'{reference.path}' is not the float bundle that '{bundle.path}' was quantized from",
             do="Give the bundle that 'edgediffusion quantize' was given.",

@@ -17,7 +17,7 @@ from edgediffusion.bundle import Bundle, Folded
 from edgediffusion.errors import ArgumentError, BundleError, OutputError, UnknownName
 from edgediffusion.export import export
 from edgediffusion.export.families import stable_diffusion as family
-from edgediffusion.optimize import calibrate, fold, quantize
+from edgediffusion.optimize import calibrate, correct, fold, quantize
 from edgediffusion.optimize.passes.fold_timestep import block_model, fold_timestep, time_block
 from edgediffusion.registry import find
 from edgediffusion.runtimes import Pipeline
@@ -283,6 +283,15 @@ def test_times_are_compared_as_they_are_fed():
     assert len(plan(Request("", num_inference_steps=7), known).points) == 7
     with pytest.raises(ArgumentError, match=r"Got: 8 steps of 'flow-euler'"):
         plan(Request("", num_inference_steps=8), known)
+
+
+def test_a_folded_bundle_can_be_corrected_against_the_float_one(plain, int8, tmp_path):
+    made = fold(int8, tmp_path / "folded", steps=5, sampler="euler")
+    found = correct(made, plain, output=tmp_path / "ptqd.json", prompts=CAPTIONS[:2], samples=2)
+    assert (found.deployment.steps, found.deployment.sampler) == (5, "euler")
+    assert len(latents(made, correction=tmp_path / "ptqd.json")) == 2
+    with pytest.raises(ArgumentError, match="graph"):
+        latents(int8, correction=tmp_path / "ptqd.json", num_inference_steps=5, sampler="euler")
 
 
 # --- what cannot be folded
