@@ -69,6 +69,7 @@ def main() -> None:
         file = RESULTS / "sd15.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         found.pop("made_by", None)
+        sys.argv[1:] = ["--parts", given.parts, "--runs", str(given.runs)]  # what is kept with the figures: no folder of this machine
         for part in given.parts.split(","):
             for name in _processes(part):
                 found[name] = _in_process(name, folder, given.runs)
@@ -204,7 +205,8 @@ def step(folder: Path, runs: int) -> dict[str, Any]:
         }
         for name, t in times.items()
     ]
-    return {"runs": runs, "threads": len(os.sched_getaffinity(0)), "rows": rows}
+    # Beside other work the order of engines can be trusted, and little else.
+    return {"runs": runs, "threads": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 1), "rows": rows}
 
 
 def _engines(folder: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
