@@ -290,7 +290,7 @@ def test_a_folded_bundle_can_be_corrected_against_the_float_one(plain, int8, tmp
     found = correct(made, plain, output=tmp_path / "ptqd.json", prompts=CAPTIONS[:2], samples=2)
     assert (found.deployment.steps, found.deployment.sampler) == (5, "euler")
     assert len(latents(made, correction=tmp_path / "ptqd.json")) == 2
-    with pytest.raises(ArgumentError, match="graph"):
+    with pytest.raises(ArgumentError, match="the denoiser's files"):
         latents(int8, correction=tmp_path / "ptqd.json", num_inference_steps=5, sampler="euler")
 
 
