@@ -296,11 +296,11 @@ def _hold_error(order: Sequence[str], free: int, bound: float, trial: Callable[[
 def _hold_latency(order: Sequence[str], free: int, bound: float, trial: Callable[[Collection[str]], Trial]) -> set[str]:
     last = max(len(order) - 1, 0)
     free = min(free, last)
-    fastest = min(trial(order[:free]).ratio.value, trial(()).ratio.value)
+    fastest, count = min((trial(order[:count]).ratio.value, count) for count in (free, 0))
     if fastest > bound:
         raise ArgumentError(
             f"No choice of layers holds a step of {bound:g} of the float one's time",
-            got=f"{fastest:.3f} for the fastest, with {free} of {len(order)} layers float",
+            got=f"{fastest:.3f} for the fastest, with {count} of {len(order)} layers float",
             do="Allow a longer step, or use another recipe or target.",
         )
     beyond = first_that_holds(lambda count: trial(order[:count]).ratio.value > bound, free, last)
