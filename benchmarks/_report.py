@@ -15,7 +15,7 @@ from edgediffusion.profiles import machine
 
 REFERENCE = Path(edgediffusion.__file__).parent / "reference"
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("edgediffusion", "numpy", "onnxruntime", "torch", "diffusers", "nvidia-modelopt", "onnx-ir", "onnxscript")
+_PACKAGES = ("edgediffusion", "numpy", "onnxruntime", "torch", "diffusers", "nvidia-modelopt", "onnx-ir", "onnxscript", "openvino")
 
 
 def save(name: str, results: dict[str, Any]) -> None:

@@ -88,8 +88,8 @@ def _state(bundle: Bundle, balance: str, folder: Path) -> QuantizationState:
 def _model(bundle: Bundle, state: QuantizationState, placement: Placement | None, folder: Path) -> Path:
     import onnx_ir as ir
 
-    from edgediffusion.optimize.passes.insert_qdq import insert_qdq
     from edgediffusion.optimize.graph_file import load_graph, store_weights
+    from edgediffusion.optimize.passes.insert_qdq import insert_qdq
 
     model = load_graph(bundle.path / bundle.component("unet").model)
     if placement is not None:
