@@ -98,8 +98,8 @@ class QuantizationState:
     calibration: Mapping[str, Any]
     layers: Mapping[str, LayerState]
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    below: tuple[float, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    below: tuple[float, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -136,7 +136,7 @@ class QuantizationState:
         try:
             layers = {name: _layer(name, entry, vectors) for name, entry in content["layers"].items()}
             below = tuple(float(t) for t in content["below"])
-            return cls(content["weights"], content["calibration"], layers, content["recipe"], below, content["versions"])
+            return cls(content["weights"], content["calibration"], layers, content["recipe"], content["versions"], below)
         except (KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(f"The quantization state '{path}' lacks or misstates a field: {error}") from None
 
