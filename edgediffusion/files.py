@@ -36,9 +36,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sweep(path)
         partial = path.parent / f".{path.name}{_PARTIAL}{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
     try:
         with _friendly(path):
+            partial.mkdir()  # in here: Ctrl-C may come with its next instruction
             yield partial
             for file in partial.rglob("*"):
                 if file.is_file():
