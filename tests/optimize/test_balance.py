@@ -9,6 +9,7 @@ from edgediffusion.optimize.balance import balanced
 from edgediffusion.optimize.balance.csb import salience, spearman
 from edgediffusion.optimize.balance.search import expected_error
 from edgediffusion.optimize.observe import observe
+from edgediffusion.optimize.observed import Channels, Observed
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,18 @@ def test_the_search_is_at_least_as_good_as_every_other_by_its_own_measure(layer,
     found = {name: registry.find("optimize.balance", name).factors([layer], bits) for name in registry.names("optimize.balance")}
     errors = {name: expected_error(layer, factors, bits) for name, factors in found.items()}
     assert errors["search"] <= min(errors["none"], errors["smoothquant"]) * 1.0001
+
+
+def test_at_eight_bits_a_multiplication_must_halve_the_error(layer):
+    """Channels that are nearly alike stay as they are, though some balance would be a little better."""
+    search = registry.find("optimize.balance", "search")
+    rng = np.random.default_rng(0)
+    alike = Observed(lambda: rng.standard_normal((5, 6)).astype(np.float32), 1, Channels.none(6), Channels.none(5))
+    largest = np.array([1, 1.2, 0.9, 1.1, 1, 0.8], np.float32)
+    alike.input.add(-largest, largest, largest.astype(float) ** 2, 3)
+    assert (search.factors([alike], (8, 8)) == 1).all()
+    assert (search.factors([alike], (4, 4)) != 1).any()
+    assert (search.factors([layer], (8, 8)) != 1).any()
 
 
 def test_the_expected_error_is_the_measured_one(layer):
