@@ -82,11 +82,15 @@ def _not_finite(layer: str | None, component: Component) -> BundleError:
 
 
 def noise_feeds(bundle: Bundle, component: Component, *, seed: int = 0) -> dict[str, np.ndarray] | None:
-    """Inputs of one call at the bundle's default size: normal noise, the middle of the schedule. None where sizes are not known."""
+    """Inputs of one call at a small size: normal noise, the middle of the schedule. None where sizes are not known.
+
+    An eighth of the bundle's default size, if a multiple that it can draw: at the whole size attention alone takes gigabytes.
+    """
     facts = bundle.sampling
     if facts is None:
         return None
-    axes = {"batch": 2, "height": facts.height // facts.downsampling, "width": facts.width // facts.downsampling}
+    height, width = (-(-size // (8 * facts.size_multiple)) * facts.size_multiple for size in (facts.height, facts.width))
+    axes = {"batch": 2, "height": height // facts.downsampling, "width": width // facts.downsampling}
     rng = np.random.default_rng(seed)
     feeds = {}
     for spec in component.inputs:
