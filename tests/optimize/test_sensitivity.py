@@ -335,7 +335,7 @@ def test_noise_is_made_only_for_sizes_that_are_known(bundle):
     component = bundle.component("unet")
     feeds = noise_feeds(bundle, component)
     assert {name: array.shape for name, array in feeds.items()} == {
-        "sample": (2, 4, 2, 2),  # an eighth of 16 x 16 is a multiple that it can draw
+        "sample": (2, 4, 2, 2),  # the smallest that it can draw
         "timestep": (),
         "encoder_hidden_states": (2, TOKENS, WIDTH),
     }
