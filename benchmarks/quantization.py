@@ -60,16 +60,20 @@ def main() -> None:
     kinds.add_argument("--strategies", dest="kind", action="store_const", const="strategies")
     kinds.add_argument("--papers", dest="kind", action="store_const", const="papers")
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="leave out the methods that learn: on the transformer they take an hour each")
     arguments = parser.parse_args()
     cases = {"methods": _methods, "strategies": _strategies, "papers": _papers}[kind := arguments.kind or "methods"]()
+    every = cases
+    if arguments.quick:
+        cases = [case for case in cases if case[2].rounding in ("nearest", "gptq")]
     name = f"quantization_{kind}_{arguments.model.replace('-', '_')}"
     known = {} if arguments.fresh else _known(name)
     with tempfile.TemporaryDirectory(dir=REFERENCE.parent, prefix=".quantization-") as folder:  # links do not cross file systems
         for row in _rows(_Bench(arguments.model, Path(folder)), cases, known):
             known[row["format"], row["method"]] = row
-            rows = _ordered(known, cases)
+            rows = _ordered(known, every)
             save(name, {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE, "samples": SAMPLES, "rows": rows})
-    print(text.markdown_table(HEAD, [shown(row) for row in _ordered(known, cases)]))
+    print(text.markdown_table(HEAD, [shown(row) for row in _ordered(known, every)]))
 
 
 def shown(row: dict[str, Any]) -> list[str]:
