@@ -54,7 +54,7 @@ class Layer:
         if self.node.op_type == "Conv" or len(uses) != 1 or uses[0].node.op_type != "Add":
             return output
         other = uses[0].node.inputs[1 - uses[0].idx]
-        is_bias = other is not None and _is_constant(other) and other.shape == self.channels[1:]
+        is_bias = other is not None and is_constant(other) and other.shape == self.channels[1:]
         return uses[0].node.outputs[0] if is_bias else output
 
     def read_weight(self) -> np.ndarray:
@@ -91,7 +91,7 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
     return found
 
 
-def _is_constant(value: ir.Value) -> bool:
+def is_constant(value: ir.Value) -> bool:
     """Whether it is an initializer, seen through a Cast."""
     producer = value.producer()
     source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value

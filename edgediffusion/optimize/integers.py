@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SMALLEST = 1e-8
+LOW_BITS = 6  # at so few bits ranges are searched for and codes found by a method; above, nothing is to be gained by either
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from edgediffusion import registry
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
-from edgediffusion.optimize.integers import best_weight_amax
+from edgediffusion.optimize.integers import LOW_BITS, best_weight_amax
 from edgediffusion.optimize.low_rank import low_rank
 from edgediffusion.optimize.observed import Observed
 from edgediffusion.optimize.recipe import BITS, Recipe
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Items = Sequence[tuple[int, Mapping[str, np.ndarray]]]
 Progress = Callable[[str, float], None]
-LOW_BITS = 6  # ranges are searched for at so few bits only: above, the search finds the observed ones
 OUTPUT_MARGIN = 1.15  # over the observed range: what calibration has not seen would be cut, and that shows in the worst pictures
 
 

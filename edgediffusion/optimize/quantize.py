@@ -76,15 +76,14 @@ def quantize(
         report: dict[str, object] = {}
         components: list[Component] = []
         for component in bundle.components:
-            parts = stage_components(component, job.state.below) if component in chosen else (component,)
-            components += parts
-            for stage, part in enumerate(parts if component in chosen else ()):
-                progress(f"quantizing {part.name}", stage / len(parts))
-                report[part.name] = _quantize_graph(bundle, component, part, stage, folder, job)
-                progress(f"checking {part.name}", (stage + 0.5) / len(parts))
-                if job.placement.name == device.placement:  # otherwise the graph is for an engine that is not the target's
-                    check_quantized(bundle, component, folder / part.model, device.engines[0])
-            _share_weights([(folder / part.model).parent / WEIGHTS for part in parts if component in chosen])
+            if component not in chosen:
+                components.append(component)
+                continue
+            # A graph of another placement is for an engine that is not the target's, and is not run here.
+            engine = device.engines[0] if job.placement.name == device.placement else None
+            for part, layers in _quantize_component(bundle, component, folder, job, engine, progress):
+                components.append(part)
+                report[part.name] = layers
         progress("writing", 1.0)
         arguments = {
             "recipe": job.recipe.name,
@@ -155,6 +154,22 @@ def stage_components(component: Component, below: Sequence[float]) -> tuple[Comp
     file = component.model.rsplit("/", 1)[-1]
     later = [(f"{component.name}_{at}", t) for at, t in enumerate(below, 2)]
     return (component, *(replace(component, name=name, model=f"{name}/{file}", below=t) for name, t in later))
+
+
+def _quantize_component(
+    bundle: Bundle, component: Component, folder: Path, job: _Job, engine: str | None, progress: Progress
+) -> list[tuple[Component, dict[str, object]]]:
+    """Write a denoiser's quantized graphs, one for each stage; what became of their layers. ``engine`` runs each once."""
+    parts = stage_components(component, job.state.below)
+    found = []
+    for stage, part in enumerate(parts):
+        progress(f"quantizing {part.name}", stage / len(parts))
+        found.append((part, _quantize_graph(bundle, component, part, stage, folder, job)))
+        if engine is not None:
+            progress(f"checking {part.name}", (stage + 0.5) / len(parts))
+            check_quantized(bundle, component, folder / part.model, engine)
+    _share_weights([(folder / part.model).parent / WEIGHTS for part in parts])
+    return found
 
 
 def _share_weights(stored: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgediffusion.optimize.graph_layers import find_layers
+from edgediffusion.optimize.passes._nodes import constant
 from edgediffusion.optimize.state import LayerState
 
 
@@ -46,8 +47,8 @@ def add_low_rank(model: ir.Model, found: Sequence[Place]) -> None:
         given, producer = place.given, place.given.producer()
         assert producer is not None
         uses = list(given.uses())
-        thin = ir.node("MatMul", [place.source, _constant(graph, f"{place.name}.down", place.down)])
-        wide = ir.node("MatMul", [thin.outputs[0], _constant(graph, f"{place.name}.up", place.up)])
+        thin = ir.node("MatMul", [place.source, constant(graph, f"{place.name}.down", place.down)])
+        wide = ir.node("MatMul", [thin.outputs[0], constant(graph, f"{place.name}.up", place.up)])
         added = ir.node("Add", [given, wide.outputs[0]])
         for node, suffix in ((thin, "thin"), (wide, "low_rank"), (added, "whole")):
             node.outputs[0].name, node.outputs[0].type = f"{place.name}.{suffix}", given.type
@@ -59,10 +60,3 @@ def add_low_rank(model: ir.Model, found: Sequence[Place]) -> None:
             if output is given:  # the caller knows it by its name
                 given.name, added.outputs[0].name = added.outputs[0].name, given.name
                 graph.outputs[at] = added.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value

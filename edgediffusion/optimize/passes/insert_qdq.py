@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgediffusion.optimize.graph_layers import Layer, find_layers
+from edgediffusion.optimize.graph_layers import Layer, find_layers, is_constant
 from edgediffusion.optimize.integers import E4M3_MAX, Affine, affine, channel_affine, e4m3_scale, spread, weight_codes, weight_scale
+from edgediffusion.optimize.passes._nodes import constant, drop_unread
 from edgediffusion.optimize.recipe import BITS, Placement, Recipe
 from edgediffusion.optimize.state import LayerState
 
@@ -162,7 +163,7 @@ class _Writer:
         uses = list(output.uses())
         if len(uses) == 1 and uses[0].node.op_type == "Add":
             other = uses[0].node.inputs[1 - uses[0].idx]
-            if other is not None and other.shape == bias.shape and _is_constant(other):
+            if other is not None and other.shape == bias.shape and is_constant(other):
                 uses[0].node.replace_input_with(1 - uses[0].idx, bias)
                 return
         added = ir.node("Add", [output, bias])
@@ -245,11 +246,7 @@ class _Writer:
         return output
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        name = self._unused(name)
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        self.graph.register_initializer(value)
-        return value
+        return constant(self.graph, self._unused(name), array)
 
     def _later(self, name: str, values: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
         """A constant that is computed when it is written, and not kept: a network's weights need not fit into memory."""
@@ -281,13 +278,6 @@ def _codes(layer: Layer, state: LayerState, weights: str, transposed: bool) -> n
     return np.ascontiguousarray(codes.T) if transposed else codes
 
 
-def _is_constant(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type == "Cast":
-        value = producer.inputs[0]
-    return value is not None and value.is_initializer()
-
-
 def _constant_of(value: ir.Value) -> np.ndarray:
     """An initializer seen through a Cast."""
     producer = value.producer()
@@ -311,5 +301,4 @@ def _drop_unused(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if not any(output.uses() or output in kept for output in node.outputs):
             graph.remove(node, safe=True)
-    for name in [name for name, value in graph.initializers.items() if not value.uses() and value not in kept]:
-        del graph.initializers[name]
+    drop_unread(graph)

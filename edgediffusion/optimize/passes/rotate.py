@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgediffusion.optimize.graph_layers import ROTATION, find_layers
+from edgediffusion.optimize.passes._nodes import constant, drop_unread, like
 from edgediffusion.optimize.recipe import Recipe
 
 SMALLEST = 4  # channels of a block: a rotation of two mixes next to nothing
@@ -57,23 +58,12 @@ def rotate(model: ir.Model, names: Sequence[str]) -> None:
         if source not in rotated:
             h = hadamard(layer.channels[0])
             assert h is not None
-            product = ir.node("MatMul", [source, _constant(graph, f"{layer.name}.0{ROTATION}", h.astype(layer.dtype.numpy()))])
-            output = product.outputs[0]
-            output.name, output.shape, output.type = f"{source.name}.rotated", source.shape, source.type
+            product = ir.node("MatMul", [source, constant(graph, f"{layer.name}.0{ROTATION}", h.astype(layer.dtype.numpy()))])
+            rotated[source] = like(product, source, f"{source.name}.rotated")
             graph.insert_before(layer.node, product)
-            rotated[source] = output
         layer.node.replace_input_with(0, rotated[source])
         weight = rotated_weight(layer.read_weight())
         read = np.ascontiguousarray(weight.T) if layer.transposed else weight
-        stored = _constant(graph, f"{layer.name}.1.weight", read.astype(layer.dtype.numpy()))
+        stored = constant(graph, f"{layer.name}.1.weight", read.astype(layer.dtype.numpy()))
         layer.node.replace_input_with(1, stored)
-    unread = [name for name, value in graph.initializers.items() if not value.uses() and value not in graph.outputs]
-    for name in unread:
-        del graph.initializers[name]
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
+    drop_unread(graph)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgediffusion.optimize.graph_layers import Layer, find_layers
+from edgediffusion.optimize.passes._nodes import constant, drop_unread, like
 from edgediffusion.optimize.recipe import Recipe
 
 _THROUGH = ("Reshape", "InstanceNormalization", "GroupNormalization", "Mul", "Add", "Sigmoid", "Swish", "Cast")
@@ -37,9 +38,7 @@ def split_concat(model: ir.Model, sizes: Mapping[str, tuple[int, ...]]) -> None:
     for layer in find_layers(model.graph):
         if layer.name in sizes:
             _split(model.graph, layer, sizes[layer.name])
-    unread = [name for name, value in model.graph.initializers.items() if not value.uses() and value not in model.graph.outputs]
-    for name in unread:
-        del model.graph.initializers[name]
+    drop_unread(model.graph)
 
 
 def _parts(value: ir.Value | None, channels: int) -> tuple[int, ...] | None:
@@ -59,19 +58,17 @@ def _split(graph: ir.Graph, layer: Layer, sizes: tuple[int, ...]) -> None:
     weight, total = layer.read_weight(), None
     for at, (source, part) in enumerate(zip(_sources(graph, layer, sizes), np.split(weight, np.cumsum(sizes)[:-1], 1), strict=True)):
         name = f"{layer.name}.{at}.weight"
-        tensor = ir.tensor(np.ascontiguousarray(part).astype(layer.dtype.numpy()), name=name)
-        stored = ir.Value(name=name, const_value=tensor, shape=ir.Shape(part.shape), type=ir.TensorType(tensor.dtype))
-        graph.register_initializer(stored)
+        stored = constant(graph, name, np.ascontiguousarray(part).astype(layer.dtype.numpy()))
         bias = node.inputs[2:] if at == 0 else ()  # counts once
         conv = ir.Node("", "Conv", [source, stored, *bias], list(node.attributes.values()), name=f"{layer.name}.{at}")
-        given = _like(conv, output, f"{output.name}.{at}")
+        given = like(conv, output, f"{output.name}.{at}")
         graph.insert_before(node, conv)
         if total is None:
             total = given
         else:
             added = ir.node("Add", [total, given])
             graph.insert_before(node, added)
-            total = _like(added, output, f"{output.name}.sum{at}")
+            total = like(added, output, f"{output.name}.sum{at}")
     assert total is not None
     for use in list(output.uses()):
         use.node.replace_input_with(use.idx, total)
@@ -85,9 +82,7 @@ def _sources(graph: ir.Graph, layer: Layer, sizes: tuple[int, ...]) -> list[ir.V
     producer = value.producer()
     if producer is not None and producer.op_type == "Concat":
         return [part for part in producer.inputs if part is not None]
-    lengths = ir.tensor(np.array(sizes, np.int64), name=f"{layer.name}.split")
-    counts = ir.Value(name=lengths.name, const_value=lengths, shape=ir.Shape((len(sizes),)), type=ir.TensorType(lengths.dtype))
-    graph.register_initializer(counts)
+    counts = constant(graph, f"{layer.name}.split", np.array(sizes, np.int64))
     split = ir.node("Split", [value, counts], attributes={"axis": 1}, num_outputs=len(sizes))
     graph.insert_before(layer.node, split)
     for at, (part, size) in enumerate(zip(split.outputs, sizes, strict=True)):
@@ -95,9 +90,3 @@ def _sources(graph: ir.Graph, layer: Layer, sizes: tuple[int, ...]) -> list[ir.V
         if value.shape is not None:
             part.shape = ir.Shape([size if axis == 1 else dim for axis, dim in enumerate(value.shape)])
     return list(split.outputs)
-
-
-def _like(node: ir.Node, value: ir.Value, name: str) -> ir.Value:
-    output = node.outputs[0]
-    output.name, output.shape, output.type = name, value.shape, value.type
-    return output

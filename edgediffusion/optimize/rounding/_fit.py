@@ -13,8 +13,6 @@ from edgediffusion.optimize.rounding import Job
 from edgediffusion.optimize.simulate import SimulatedLayer, cosine, simulated
 from edgediffusion.optimize.state import LayerState
 
-LOW_BITS = 6  # weights of more bits are rounded to nearest: nothing is to be gained
-
 
 @dataclass(frozen=True)
 class Settings:

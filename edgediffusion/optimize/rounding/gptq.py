@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edgediffusion.optimize.integers import spread, weight_scale
+from edgediffusion.optimize.integers import LOW_BITS, spread, weight_scale
 from edgediffusion.optimize.observe import LAYERS, tensors
 from edgediffusion.optimize.rounding import Feeds, Job
 from edgediffusion.optimize.state import LayerState
 
-LOW_BITS = 6  # as elsewhere: weights of more bits are rounded to nearest
 DAMPING = 0.01  # of H's mean diagonal, on its diagonal: the authors' percdamp
 LARGEST = 4608  # columns of one H, 512 channels of 3 x 3: beyond it, H is taken as a diagonal of blocks of whole channels
 BUDGET = 2**30  # bytes of all H that are gathered in one pass over the items

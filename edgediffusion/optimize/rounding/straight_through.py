@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from edgediffusion.optimize.integers import LOW_BITS
 from edgediffusion.optimize.rounding import Job
-from edgediffusion.optimize.rounding._fit import LOW_BITS, Settings, fit
+from edgediffusion.optimize.rounding._fit import Settings, fit
 from edgediffusion.optimize.simulate import NearestLayer, SimulatedLayer, StraightThroughLayer
 from edgediffusion.optimize.state import LayerState
 
