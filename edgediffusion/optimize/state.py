@@ -20,7 +20,7 @@ from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import dump_json, new_folder
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, VECTORS = "state.json", "vectors.safetensors"
 
 
@@ -138,7 +138,7 @@ class QuantizationState:
             below = tuple(float(t) for t in content["below"])
             return cls(content["weights"], content["calibration"], layers, content["recipe"], content["versions"], below)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ArgumentError(f"The quantization state '{path}' lacks or misstates a field: {error}") from None
+            raise ArgumentError(f"The quantization state '{path}' lacks or misstates a field: {error}", do="Calibrate again.") from None
 
     def _manifest(self) -> dict[str, Any]:
         return {

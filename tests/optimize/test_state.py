@@ -61,7 +61,7 @@ def test_an_existing_state_is_not_overwritten(tmp_path, state):
         ("{", "no quantization state"),
         ("[]", "no quantization state"),
         (json.dumps({"format": 1}), "format 1"),
-        (json.dumps({"format": 3}), "format 3"),
+        (json.dumps({"format": 4}), "format 4. Allowed: format 3"),
     ],
 )
 def test_a_bad_manifest_is_refused_with_its_reason(tmp_path, text, message):
