@@ -25,6 +25,20 @@ guidance_option = click.option(
 )
 
 
+class Numbers(click.ParamType):
+    """Numbers with commas between them, as a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a list of numbers with commas between them.", param, ctx)
+
+
 def output_option(metavar: str, what: str) -> Callable[[_F], _F]:
     return click.option("-o", "--output", required=True, metavar=metavar, type=click.Path(path_type=Path), help=what)
 

@@ -12,6 +12,7 @@ import numpy as np
 from edgediffusion.bundle import Folded
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.engines import Binding
+from edgediffusion.runtimes.guidance import DynamicThreshold, Guidance
 from edgediffusion.runtimes.schedules import Point, Points
 
 if TYPE_CHECKING:
@@ -24,40 +25,51 @@ Observe = Callable[[int, Mapping[str, np.ndarray]], None]
 class Denoiser:
     """``denoise(x, i)`` for a sampler: x is float32 [images, ...], the result the estimate of x_0, of the same shape.
 
-    ``conditions`` are fed with every call, each [rows, ...]. With ``classifier_free_scale`` a call has two rows per
-    image, the unconditional ones first as in diffusers, and the prediction is u + scale (c - u) (Ho and Salimans
-    2022, in diffusers' parametrization). ``observe`` gets the number of the step and a copy of each array fed.
-    ``corrector`` changes the guided prediction before it becomes an estimate of x_0. ``later`` are bindings that take over
-    below a time step each, from high ones to low.
+    ``conditions`` are fed with every call, each [rows, ...]. With classifier-free ``guidance`` a call has two rows per
+    image, the unconditional ones first as in diffusers; ``conditional`` is a denoiser of the second half of the rows, for
+    the points where guidance is off. ``observe`` gets the number of the step and a copy of each array fed. ``corrector``
+    changes the guided prediction before it becomes an estimate of x_0, ``threshold`` that estimate. ``later`` are bindings
+    that take over below a time step each, from high ones to low.
     """
 
     binding: Binding
     prediction: str
     points: Points
     conditions: Mapping[str, np.ndarray]
-    classifier_free_scale: float | None = None
+    guidance: Guidance | None = None
+    conditional: Denoiser | None = None
+    threshold: DynamicThreshold | None = None
     observe: Observe | None = None
     corrector: Corrector | None = None
     later: tuple[tuple[float, Binding], ...] = ()
 
     def __call__(self, x: np.ndarray, i: int) -> np.ndarray:
         point = self.points.at[i]
-        binding = self._fed(x, point.timestep)
+        rows = self._at(point)
+        binding = rows._fed(x, point.timestep)
         if self.observe is not None:
             self.observe(i, {name: array.copy() for name, array in binding.inputs.items()})
-        output = self._run(binding)
+        output = rows._run(binding, point)
         if self.corrector is not None:
             self.corrector.prediction(output, x, i)
-        return to_x0(self.prediction, x, output, point)
+        x0 = to_x0(self.prediction, x, output, point)
+        return x0 if self.threshold is None else self.threshold(x0)
 
     def predict(self, x: np.ndarray, at: Point) -> np.ndarray:
         """The guided prediction itself, uncorrected, for x [images, ...] at any point; a new array."""
-        return self._run(self._fed(x, at.timestep))
+        rows = self._at(at)
+        return rows._run(rows._fed(x, at.timestep), at)
 
-    def _run(self, binding: Binding) -> np.ndarray:
+    def _at(self, point: Point) -> Denoiser:
+        """The denoiser to ask at a point: half the rows where guidance is off, if the graphs take so few."""
+        if self.guidance is None or self.conditional is None or self.guidance.is_on(point):
+            return self
+        return self.conditional
+
+    def _run(self, binding: Binding, at: Point) -> np.ndarray:
         binding.run()
         (output,) = binding.outputs.values()
-        return self._guided(output.astype(np.float32))
+        return self._guided(output.astype(np.float32), at)
 
     def _fed(self, x: np.ndarray, timestep: float) -> Binding:
         """The binding for a time step, with its inputs written."""
@@ -70,12 +82,10 @@ class Denoiser:
         inputs["sample"].reshape(-1, *x.shape)[...] = x
         return binding
 
-    def _guided(self, output: np.ndarray) -> np.ndarray:
-        if self.classifier_free_scale is None:
+    def _guided(self, output: np.ndarray, at: Point) -> np.ndarray:
+        if self.guidance is None:
             return output
-        unconditional, conditional = np.split(output, 2)
-        guided: np.ndarray = unconditional + self.classifier_free_scale * (conditional - unconditional)
-        return guided
+        return self.guidance(output) if self.guidance.is_on(at) else np.split(output, 2)[1]
 
 
 def to_x0(prediction: str, x: np.ndarray, output: np.ndarray, at: Point) -> np.ndarray:

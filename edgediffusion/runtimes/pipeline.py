@@ -14,10 +14,11 @@ from edgediffusion.bundle import Bundle, Sampling
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
 from edgediffusion.runtimes import noise as noises
 from edgediffusion.runtimes.corrections import Corrector, Deployment, Run, Starts
-from edgediffusion.runtimes.corrections._file import graph_digest, resolve
+from edgediffusion.runtimes.corrections._file import Correction, graph_digest, resolve
 from edgediffusion.runtimes.denoiser import Denoiser, Observe, guidance_embedding
 from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph, open_graphs
+from edgediffusion.runtimes.guidance import Guidance
 from edgediffusion.runtimes.images import to_images, to_pixels
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
 from edgediffusion.runtimes.text_encoder import TextEncoder
@@ -180,7 +181,14 @@ class Pipeline:
     ) -> Iterator[Step]:
         """Everything is checked here, before the first step is asked for."""
         denoiser = replace(self._denoiser(plan, conditions), observe=observe)
-        corrector = Corrector() if correction is None else resolve(correction).start(self._run(request, plan, denoiser))
+        starts = None if correction is None else resolve(correction)
+        if isinstance(starts, Correction) and plan.guidance != Guidance(plan.guidance_scale):
+            raise ArgumentError(
+                "A correction is measured with plain guidance at every step, and holds for no other",
+                got="guidance_rescale or guidance_interval",
+                do="Leave them out, or the correction.",
+            )
+        corrector = Corrector() if starts is None else starts.start(self._run(request, plan, denoiser))
         denoiser = replace(denoiser, corrector=corrector)
         noise = noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
         x = plan.points.start(_first_noise(request, plan, noise))
@@ -203,12 +211,21 @@ class Pipeline:
             started = time.perf_counter()
 
     def _denoiser(self, plan: Plan, conditions: Mapping[str, np.ndarray]) -> Denoiser:
-        rows = plan.images * (2 if plan.classifier_free else 1)
+        if not plan.classifier_free:
+            return replace(self._rows(plan, conditions, plan.images), threshold=plan.threshold)
+        guided = replace(self._rows(plan, conditions, 2 * plan.images), guidance=plan.guidance, threshold=plan.threshold)
+        # Where guidance is off, half of the rows are work for nothing, unless the graph was made for so many rows only.
+        if all(map(plan.guidance.is_on, plan.points.at)) or isinstance(self._denoise.input("sample").shape[0], int):
+            return guided
+        second = {name: rows[plan.images :] for name, rows in conditions.items()}
+        return replace(guided, conditional=self._rows(plan, second, plan.images))
+
+    def _rows(self, plan: Plan, conditions: Mapping[str, np.ndarray], rows: int) -> Denoiser:
+        """A denoiser without guidance."""
         shapes = {name: rows_of.shape for name, rows_of in conditions.items()}
         shapes["sample"] = (rows, *plan.latent_shape[1:])
         later = tuple((below, graph.bind(shapes)) for below, graph in self._later)
-        scale = plan.guidance_scale if plan.classifier_free else None
-        return Denoiser(self._denoise.bind(shapes), self.sampling.prediction, plan.points, conditions, scale, later=later)
+        return Denoiser(self._denoise.bind(shapes), self.sampling.prediction, plan.points, conditions, later=later)
 
     def _run(self, request: Request, plan: Plan, denoiser: Denoiser) -> Run:
         seeds = request.seed + _OTHER_STREAM if isinstance(request.seed, int) else [seed + _OTHER_STREAM for seed in request.seed]

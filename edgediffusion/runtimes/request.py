@@ -12,6 +12,7 @@ from edgediffusion.bundle import Sampling
 from edgediffusion.errors import ArgumentError
 from edgediffusion.registry import find
 from edgediffusion.runtimes.denoiser import check_folded, check_predictable
+from edgediffusion.runtimes.guidance import DynamicThreshold, Guidance, dynamic_threshold, guidance
 from edgediffusion.runtimes.samplers import Sampler
 from edgediffusion.runtimes.schedules import Points
 
@@ -22,6 +23,9 @@ class Options(TypedDict, total=False):
     negative_prompt: str | Sequence[str]
     num_inference_steps: int | None
     guidance_scale: float | None
+    guidance_rescale: float
+    guidance_interval: Sequence[float] | None
+    dynamic_threshold: Sequence[float] | None
     height: int | None
     width: int | None
     seed: int | Sequence[int]
@@ -37,13 +41,17 @@ class Request:
 
     A single ``seed`` is one stream of noise for all images, as with one generator in diffusers; a list has one per
     image. ``num_images`` is per prompt. ``latents`` replace the first noise: float [images, channels, height, width].
-    ``noise`` is a flavour of ``runtimes.noise``.
+    ``noise`` is a flavour of ``runtimes.noise``. Classifier-free guidance is on between the two noise levels, sigma / alpha,
+    of ``guidance_interval``; ``dynamic_threshold`` is a quantile and, if wanted, the largest s: see ``runtimes.guidance``.
     """
 
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] = ""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: Sequence[float] | None = None
+    dynamic_threshold: Sequence[float] | None = None
     height: int | None = None
     width: int | None = None
     seed: int | Sequence[int] = 0
@@ -65,6 +73,8 @@ class Plan:
     points: Points
     guidance_scale: float
     classifier_free: bool
+    guidance: Guidance
+    threshold: DynamicThreshold | None
     warnings: tuple[str, ...]
 
     @property
@@ -94,6 +104,8 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         points=points,
         guidance_scale=scale,
         classifier_free=sampling.guidance == "classifier-free" and scale > 1,
+        guidance=guidance(scale, rescale=request.guidance_rescale, interval=request.guidance_interval),
+        threshold=None if request.dynamic_threshold is None else dynamic_threshold(request.dynamic_threshold),
         warnings=_warnings(request, sampling, scale),
     )
 
@@ -141,4 +153,7 @@ def _warnings(request: Request, sampling: Sampling, scale: float) -> tuple[str, 
         found.append("negative_prompt has no effect: it needs classifier-free guidance, which this network does not use.")
     elif request.negative_prompt and scale <= 1:
         found.append(f"negative_prompt has no effect at guidance_scale {scale:g}: it takes a scale above 1.")
+    shaped = [name for name in ("guidance_rescale", "guidance_interval") if getattr(request, name)]
+    if shaped and (sampling.guidance != "classifier-free" or scale <= 1):
+        found.append(f"{' and '.join(shaped)} without effect: that takes classifier-free guidance at a scale above 1.")
     return tuple(found)
