@@ -25,18 +25,12 @@ guidance_option = click.option(
 )
 
 
-class Numbers(click.ParamType):
-    """Numbers with commas between them, as a tuple of floats."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"'{value}' is not a list of numbers with commas between them.", param, ctx)
+def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """The callback of an option that takes numbers with commas between them."""
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{value}' is not a list of numbers with commas between them.", ctx, param) from None
 
 
 def output_option(metavar: str, what: str) -> Callable[[_F], _F]:

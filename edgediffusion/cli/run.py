@@ -6,11 +6,11 @@ from typing import Any
 import click
 
 from edgediffusion.cli._options import (
-    Numbers,
     bundle_argument,
     engines_option,
     guidance_option,
     json_option,
+    numbers,
     output_option,
     seed_option,
 )
@@ -27,9 +27,9 @@ from edgediffusion.registry import names
 @click.option(
     "--guidance-rescale", type=click.FloatRange(0, 1), default=0.0, help="Bring a strongly guided picture's contrast back; 0.7 is usual."
 )
-@click.option("--guidance-interval", type=Numbers(), default=None, metavar="LOW,HIGH", help="Guide between these noise levels only.")
+@click.option("--guidance-interval", callback=numbers, default=None, metavar="LOW,HIGH", help="Guide between these noise levels only.")
 @click.option(
-    "--dynamic-threshold", type=Numbers(), default=None, metavar="QUANTILE[,MOST]", help="For networks that draw pixels in -1..1."
+    "--dynamic-threshold", callback=numbers, default=None, metavar="QUANTILE[,MOST]", help="For networks that draw pixels in -1..1."
 )
 @click.option("--height", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
 @click.option("--width", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
