@@ -10,7 +10,8 @@ import numpy as np
 
 from edgediffusion.errors import BundleError
 from edgediffusion.optimize.parts import Parts
-from edgediffusion.runtimes.pipeline import Pipeline, Step
+from edgediffusion.runtimes.loop import Step
+from edgediffusion.runtimes.pipeline import Pipeline
 
 BATCH = 8  # trajectories at a time; another number would give each other noise
 

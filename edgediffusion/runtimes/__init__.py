@@ -9,18 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgediffusion.runtimes.pipeline import Pipeline, Result, Step, Timings
+    from edgediffusion.runtimes.loop import Result, Step, Timings
+    from edgediffusion.runtimes.pipeline import Pipeline
     from edgediffusion.runtimes.request import Request
 
 __all__ = ["Pipeline", "Request", "Result", "Step", "Timings"]
 
-_HOMES = {"Request": "request"}
+_HOMES = {"Pipeline": "pipeline", "Request": "request"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'pipeline')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'loop')}"), name)
 
 
 def __dir__() -> list[str]:

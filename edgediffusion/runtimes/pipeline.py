@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgediffusion.bundle import Bundle, Sampling
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
 from edgediffusion.runtimes import noise as noises
+from edgediffusion.runtimes.autoencoder import Autoencoder
+from edgediffusion.runtimes.conditions import Conditions
 from edgediffusion.runtimes.corrections import Corrector, Deployment, Run, Starts
 from edgediffusion.runtimes.corrections._file import Correction, graph_digest, resolve
-from edgediffusion.runtimes.denoiser import Denoiser, Observe, guidance_embedding
+from edgediffusion.runtimes.denoiser import Denoiser, Observe
 from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph, open_graphs
 from edgediffusion.runtimes.guidance import Guidance
-from edgediffusion.runtimes.images import to_images, to_pixels
+from edgediffusion.runtimes.loop import Loop, Result, Step, Timings, since
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
 from edgediffusion.runtimes.text_encoder import TextEncoder
 
@@ -27,54 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ROLES = ("encode", "denoise", "decode")
-_LOOP_INPUTS = ("sample", "timestep", "timestep_cond")
 _OTHER_STREAM = 1 << 63  # added to a seed: the noise of a correction is none that a picture starts from
-
-
-@dataclass(frozen=True)
-class Step:
-    """The state after one step. ``latents`` and the estimate of x_0, ``denoised``, are float32 [images, c, h, w]."""
-
-    index: int
-    total: int
-    timestep: float
-    latents: np.ndarray
-    denoised: np.ndarray
-    elapsed_ms: float
-    _pixels: Callable[[np.ndarray], np.ndarray] = field(repr=False)
-
-    def preview(self) -> list[Any]:
-        """Pillow images of what the network now takes the pictures to be; costs a run of the decoder."""
-        return to_images(self._pixels(self.denoised))
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Wall-clock times of one generation."""
-
-    encode_ms: float
-    step_ms: tuple[float, ...]
-    decode_ms: float
-
-    @property
-    def total_ms(self) -> float:
-        return self.encode_ms + sum(self.step_ms) + self.decode_ms
-
-
-@dataclass(frozen=True)
-class Result:
-    """``pixels`` is float32 [images, height, width, channels] in 0..1; ``latents`` is what they were decoded from."""
-
-    pixels: np.ndarray
-    latents: np.ndarray
-    seeds: tuple[int, ...]
-    timings: Timings
-    warnings: tuple[str, ...]
-
-    @property
-    def images(self) -> list[Any]:
-        """The pictures as Pillow images."""
-        return to_images(self.pixels)
 
 
 class Pipeline:
@@ -86,9 +41,9 @@ class Pipeline:
         self.bundle = bundle
         self.sampling = _sampling(bundle)
         self._denoise, self._later = _denoisers(bundle, graphs)
-        self._decode = _only(bundle, graphs, "decode") if bundle.with_role("decode") else None
-        self._encoders = tuple(TextEncoder(g, bundle.path) for g in graphs if g.component.role == "encode")
-        self._check_conditions()
+        self._autoencoder = Autoencoder(self.sampling, _only(bundle, graphs, "decode") if bundle.with_role("decode") else None)
+        encoders = [TextEncoder(g, bundle.path) for g in graphs if g.component.role == "encode"]
+        self._conditions = Conditions(self.sampling, self._denoise, encoders)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, *, target: str | None = None, threads: int | None = None) -> Pipeline:
@@ -130,7 +85,7 @@ class Pipeline:
         settled = plan(request, self.sampling)
         started = time.perf_counter()
         conditions, cut = self._conditions(settled)
-        encode_ms, times, latents = _since(started), [], None
+        encode_ms, times, latents = since(started), [], None
         for step in self._loop(request, settled, conditions, observe, correction):
             times.append(step.elapsed_ms)
             latents = step.latents
@@ -138,9 +93,9 @@ class Pipeline:
                 raise Cancelled(f"Stopped after step {step.index + 1} of {step.total}")
         assert latents is not None  # a plan has at least one step
         started = time.perf_counter()
-        pixels = self._pixels(latents)
+        pixels = self._autoencoder.decode(latents)
         seeds = (request.seed,) if isinstance(request.seed, int) else tuple(request.seed)
-        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), _since(started)), (*settled.warnings, *cut))
+        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), since(started)), (*settled.warnings, *cut))
 
     def steps(
         self,
@@ -169,7 +124,7 @@ class Pipeline:
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [images, c, h, w] of a step or a result to pixels: float32 [images, height, width, channels] in 0..1."""
-        return self._pixels(latents)
+        return self._autoencoder.decode(latents)
 
     def _loop(
         self,
@@ -192,23 +147,7 @@ class Pipeline:
         denoiser = replace(denoiser, corrector=corrector)
         noise = noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
         x = plan.points.start(_first_noise(request, plan, noise))
-        return self._steps(plan, x, denoiser, corrector, corrector.noise(noise))
-
-    def _steps(self, plan: Plan, x: np.ndarray, denoiser: Denoiser, corrector: Corrector, noise: noises.Noise) -> Iterator[Step]:
-        x0: np.ndarray | None = None
-
-        def denoise(x: np.ndarray, i: int) -> np.ndarray:
-            nonlocal x0
-            x0 = denoiser(x, i)
-            return x0
-
-        started = time.perf_counter()
-        for i, latents in enumerate(plan.sampler.sample(denoise, x, plan.points, noise)):
-            assert x0 is not None  # a step calls the network
-            if i + 1 < len(plan.points):
-                corrector.state(latents, i + 1)
-            yield Step(i, len(plan.points), plan.points.at[i].timestep, latents, x0, _since(started), self._pixels)
-            started = time.perf_counter()
+        return iter(Loop(plan.sampler, plan.points, denoiser, x, corrector.noise(noise), corrector, self._autoencoder.decode))
 
     def _denoiser(self, plan: Plan, conditions: Mapping[str, np.ndarray]) -> Denoiser:
         if not plan.classifier_free:
@@ -242,54 +181,6 @@ class Pipeline:
             steps=len(plan.points),
             guidance_scale=float(plan.guidance_scale),
         )
-
-    def _conditions(self, plan: Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-        """What is fed with every call, one row per image, or two with the unconditional ones first; and warnings."""
-        texts = (*plan.negatives, *plan.prompts) if plan.classifier_free else plan.prompts
-        encoded = [encoder(text) for text in texts for encoder in self._encoders]
-        wanted = {spec.name for spec in self._denoise.session.inputs}
-        gathered: dict[str, list[np.ndarray]] = {}
-        for item in encoded:
-            for name in wanted & set(item.conditions):
-                gathered.setdefault(name, []).append(item.conditions[name])
-        conditions = {name: np.concatenate(rows) for name, rows in gathered.items()}
-        if self.sampling.guidance == "embedded":
-            row = guidance_embedding(plan.guidance_scale - 1.0, self.sampling.guidance_width)
-            conditions["timestep_cond"] = np.tile(row, (plan.images, 1))
-        cut = dict.fromkeys(item.cut for item in encoded if item.cut)
-        return conditions, tuple(f"The prompt is too long; this part of it was left out: '{text}'" for text in cut)
-
-    def _pixels(self, latents: np.ndarray) -> np.ndarray:
-        """One image after the other: a decoder's memory is the peak of the whole pipeline."""
-        latents = latents / self.sampling.latent_scale + self.sampling.latent_shift
-        if self._decode is None:
-            return to_pixels(latents)
-        (spec,), (image,) = self._decode.session.inputs, self._decode.session.outputs
-        height, width = (size * self.sampling.downsampling for size in latents.shape[2:])
-        binding = self._decode.bind({spec.name: (1, *latents.shape[1:]), image.name: (1, image.shape[1], height, width)})
-        output = binding.outputs[image.name]
-        pixels = []
-        for row in latents:
-            binding.inputs[spec.name][0] = row
-            binding.run()
-            pixels.append(to_pixels(output))
-        return np.concatenate(pixels)
-
-    def _check_conditions(self) -> None:
-        """Every input of the denoiser is given by exactly one encoder or by the loop."""
-        wanted = {spec.name for spec in self._denoise.session.inputs} - set(_LOOP_INPUTS)
-        given = [name for encoder in self._encoders for name in encoder.names.values()]
-        twice = {name for name in wanted if given.count(name) > 1}
-        lacking = wanted - set(given)
-        if twice:
-            raise BundleError("Two encoders give the same condition", got=", ".join(sorted(twice)), do="Export the pipeline again.")
-        if lacking:
-            raise BundleError(
-                f"No encoder gives what the graph '{self._denoise.name}' takes",
-                got=", ".join(sorted(lacking)),
-                allowed=", ".join(given) or "nothing",
-                do="Export the pipeline again.",
-            )
 
 
 def _sampling(bundle: Bundle) -> Sampling:
@@ -325,7 +216,3 @@ def _first_noise(request: Request, plan: Plan, noise: noises.Noise) -> np.ndarra
     if request.latents.shape != plan.latent_shape:
         raise ArgumentError("The latents have another shape", got=request.latents.shape, allowed=str(plan.latent_shape))
     return request.latents.astype(np.float32)
-
-
-def _since(started: float) -> float:
-    return (time.perf_counter() - started) * 1e3
