@@ -22,14 +22,18 @@ _T = TypeVar("_T")  # one of the dataclasses below
 
 FORMAT = 1
 MANIFEST = "bundle.json"
-ROLES = ("encode", "denoise", "denoise.shallow", "denoise.head", "denoise.tail", "decode", "encode_image")
+CUT_ROLES = ("denoise.shallow", "denoise.head", "denoise.tail")
+ROLES = ("encode", "denoise", *CUT_ROLES, "decode", "encode_image")
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
 GUIDANCE = ("none", "classifier-free", "embedded")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, NumPy dtype name and shape of a graph's input or output; a dynamic axis is its name."""
+    """Name, NumPy dtype name and shape of a graph's input or output; a dynamic axis is its name.
+
+    The name may be a product of other axes' names over an integer, such as ``height/2`` or ``height*width/4``: ``axis_size``.
+    """
 
     name: str
     dtype: str
@@ -53,6 +57,7 @@ class Component:
     ``feeds`` says under which name an output is fed to other graphs, where that is not its own: the text encoder's
     ``last_hidden_state`` is the denoiser's ``encoder_hidden_states``. Outputs that it does not list keep their name.
     There may be several denoisers: each but the first takes the time steps ``below`` a number, as far as the next one.
+    A part of a denoiser has one of ``CUT_ROLES``; ``cut`` is the module of the source's network that it was cut at.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Component:
     tokenizer: Tokenizer | None = None
     feeds: Mapping[str, str] = field(default_factory=dict)
     below: float | None = None
+    cut: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,26 @@ class Bundle:
         return tuple(c for c in self.components if c.role == role)
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """The modules that the denoiser was cut at, in the order of the network: each one's graphs are ``with_cut``."""
+        return tuple(dict.fromkeys(c.cut for c in self.components if c.cut is not None))
+
+    def with_cut(self, cut: str) -> dict[str, Component]:
+        """The parts of the denoiser that one cut made, by role.
+
+        Raises:
+            BundleError: the bundle has no such cut.
+        """
+        found = {c.role: c for c in self.components if c.cut == cut}
+        if not found:
+            raise BundleError(
+                f"The bundle has no graphs for the cut '{cut}'",
+                allowed=", ".join(self.cuts) or "none: it was exported without cuts",
+                do=f"Export it with this cut: edgediffusion export SOURCE -o BUNDLE --cut {cut}",
+            )
+        return found
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """Names of the targets that engines were built for."""
         return tuple(sorted({PurePosixPath(f).parts[1] for f in self.files if f.startswith("engines/")}))
@@ -192,13 +218,40 @@ def write(
     ``known`` carries over the hashes of files that were taken unchanged from a verified bundle.
     """
     files = {}
+    hashes = _Hashes()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
         if name != MANIFEST:
-            files[name] = (known or {}).get(name) or File(sha256(file), file.stat().st_size)
+            files[name] = (known or {}).get(name) or File(hashes(file), file.stat().st_size)
     bundle = Bundle(folder, family, components, sampling, history, files)
     content = _to_json(bundle)
     (folder / MANIFEST).write_text(dump_json({**content, "sha256": _digest(content)}), encoding="utf-8")
+
+
+class _Hashes:
+    """sha256 of files; one that has several names in a bundle, as weights that graphs share, is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], str] = {}
+
+    def __call__(self, file: Path) -> str:
+        stat = file.stat()
+        key = (stat.st_dev, stat.st_ino)
+        if key not in self._known:
+            self._known[key] = sha256(file)
+        return self._known[key]
+
+
+def axis_size(axis: str, sizes: Mapping[str, int]) -> int | None:
+    """The size of a named axis: its own in ``sizes``, or that of a product of names over an integer. None where one is lacking."""
+    if axis in sizes:
+        return sizes[axis]
+    product, _, part = axis.partition("/")
+    names = product.split("*")
+    if not all(name in sizes for name in names) or not (part.isdecimal() or not part):
+        return None
+    size, divisor = math.prod(sizes[name] for name in names), int(part or 1)
+    return size // divisor if divisor and size % divisor == 0 else None
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -217,8 +270,8 @@ def _to_json(bundle: Bundle) -> dict[str, Any]:
 
 
 def component_facts(component: Component) -> dict[str, Any]:
-    """A component as the manifest has it: ``below`` only where there is something to say."""
-    return {key: value for key, value in asdict(component).items() if key != "below" or value is not None}
+    """A component as the manifest has it: ``below`` and ``cut`` only where there is something to say."""
+    return {key: value for key, value in asdict(component).items() if key not in ("below", "cut") or value is not None}
 
 
 def sampling_facts(sampling: Sampling) -> dict[str, Any]:
@@ -284,6 +337,9 @@ def _component(content: Mapping[str, Any]) -> Component:
     below = content.get("below")
     if below is not None and not (isinstance(below, (int, float)) and math.isfinite(below) and content["role"] == "denoise"):
         raise TypeError(f"below {below} is no time step of a denoiser")
+    cut = content.get("cut")
+    if cut is not None and not (isinstance(cut, str) and cut and content["role"] in CUT_ROLES):
+        raise TypeError(f"cut {cut!r} is no module that a part of a denoiser was cut at")
     tokenizer = content["tokenizer"] and _record(Tokenizer, content["tokenizer"])
     return _record(Component, {**content, **specs, "tokenizer": tokenizer})
 
@@ -316,10 +372,11 @@ def _check_files(bundle: Bundle, *, verify: bool) -> None:
             raise BundleError(f"The bundle '{bundle.path}' lacks the file '{name}'", do="Make the bundle again.")
         if not file.resolve().is_relative_to(bundle.path.resolve()):
             raise BundleError(f"The bundle '{bundle.path}' has a link that leaves its folder", got=repr(name), do="Do not use it.")
+    hashes = _Hashes()
     for name, stated in bundle.files.items():
         file = bundle.path / name
         size = file.stat().st_size
-        if size != stated.bytes or (verify and sha256(file) != stated.sha256):
+        if size != stated.bytes or (verify and hashes(file) != stated.sha256):
             raise BundleError(
                 f"The file '{name}' of the bundle '{bundle.path}' was changed after it was written", do="Make the bundle again."
             )
