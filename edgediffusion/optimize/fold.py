@@ -57,7 +57,7 @@ def fold(
     """
     sampling, chosen = _foldable(bundle)
     settled = plan(Request("", num_inference_steps=steps, sampler=sampler), sampling)
-    timesteps = tuple(float(np.float32(point.timestep)) for point in settled.points.at)
+    timesteps = tuple(dict.fromkeys(float(np.float32(point.timestep)) for point in settled.points.at))
     folders = tuple(component.model.rsplit("/", 1)[0] + "/" for component in chosen)
     replaced = [name for name in bundle.files if name.startswith(folders) and name.endswith((".onnx", ".safetensors"))]
     with files.new_folder(Path(output)) as folder:
@@ -69,7 +69,7 @@ def fold(
             progress(f"folding {component.name}", at / len(chosen))
             reports[component.name] = asdict(_fold_graph(bundle, component, folder, settled, timesteps))
         progress("writing", 1.0)
-        folded = Folded(settled.sampler_name, len(timesteps), timesteps)
+        folded = Folded(settled.sampler_name, settled.steps, timesteps)
         arguments = {"sampler": folded.sampler, "steps": folded.steps, "graphs": reports}
         versions = {"edgediffusion": __version__, "onnx-ir": version("onnx-ir"), "onnxruntime": version("onnxruntime")}
         write(

@@ -18,6 +18,7 @@ from edgediffusion.optimize.collect import BATCH, Item, assign, collect
 from edgediffusion.optimize.parts import Parts
 from edgediffusion.registry import find
 from edgediffusion.runtimes.pipeline import Pipeline
+from edgediffusion.runtimes.samplers import resolve
 
 Progress = Callable[[str, float], None]
 Tell = Callable[[str], None]
@@ -155,7 +156,7 @@ def check_drawing(drawing: Drawing, prompts: Sequence[str]) -> Strategy:
             "Calibration draws pictures and has no prompts for them", do="Give a file with one prompt on each line: --prompts FILE"
         )
     if drawing.sampler is not None:
-        find("runtimes.samplers", drawing.sampler, kind="sampler")
+        resolve(drawing.sampler)
     return find_strategy(drawing.strategy, drawing.options)
 
 

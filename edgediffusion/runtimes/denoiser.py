@@ -130,7 +130,7 @@ def check_predictable(prediction: str, points: Points, sampler: str) -> None:
         )
 
 
-def check_folded(folded: Folded | None, points: Points, sampler: str) -> None:
+def check_folded(folded: Folded | None, points: Points, steps: int, sampler: str) -> None:
     """Refuse time steps that a folded denoiser has no rows for. They are compared as they are fed, in float32."""
     if folded is None:
         return
@@ -139,9 +139,9 @@ def check_folded(folded: Folded | None, points: Points, sampler: str) -> None:
     if lacking:
         raise ArgumentError(
             f"This bundle's time embedding was folded for {folded.steps} steps of the sampler '{folded.sampler}'",
-            got=f"{len(points)} steps of '{sampler}', which calls the network at {_listed(lacking)}",
+            got=f"{steps} steps of '{sampler}', which calls the network at {_listed(lacking)}",
             allowed=f"the time steps {_listed(folded.timesteps)}",
-            do=f"Fold the bundle that it was made from again: edgediffusion fold BUNDLE --steps {len(points)} --sampler {sampler} -o NEW",
+            do=f"Fold the bundle that it was made from again: edgediffusion fold BUNDLE --steps {steps} --sampler {sampler} -o NEW",
         )
 
 

@@ -177,8 +177,8 @@ class Pipeline:
             model=str(made_by.get("export", {}).get("source", "")),
             graph=graph_digest(self.bundle),
             state=str(made_by.get("quantize", {}).get("state", "")),
-            sampler=plan.sampler_name,
-            steps=len(plan.points),
+            sampler=plan.sampler_name + (f" with spacing {plan.spacing}" if plan.spacing else ""),
+            steps=plan.steps,
             guidance_scale=float(plan.guidance_scale),
         )
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import numpy as np
 
-from edgediffusion.bundle import Sampling
+from edgediffusion.bundle import NoiseSchedule, Sampling
 from edgediffusion.errors import ArgumentError
-from edgediffusion.registry import find
 from edgediffusion.runtimes.denoiser import check_folded, check_predictable
 from edgediffusion.runtimes.guidance import DynamicThreshold, Guidance, dynamic_threshold, guidance
-from edgediffusion.runtimes.samplers import Sampler
-from edgediffusion.runtimes.schedules import Points
+from edgediffusion.runtimes.samplers import Sampler, resolve
+from edgediffusion.runtimes.schedules import Points, respaced
 
 
 class Options(TypedDict, total=False):
@@ -30,6 +29,7 @@ class Options(TypedDict, total=False):
     width: int | None
     seed: int | Sequence[int]
     sampler: str | None
+    spacing: str | None
     num_images: int
     latents: np.ndarray | None
     noise: str
@@ -41,6 +41,7 @@ class Request:
 
     A single ``seed`` is one stream of noise for all images, as with one generator in diffusers; a list has one per
     image. ``num_images`` is per prompt. ``latents`` replace the first noise: float [images, channels, height, width].
+    ``sampler`` and ``spacing`` are names of their registries, with options where they have some (``ddim:eta=0.5``).
     ``noise`` is a flavour of ``runtimes.noise``. Classifier-free guidance is on between the two noise levels, sigma / alpha,
     of ``guidance_interval``; ``dynamic_threshold`` is a quantile and, if wanted, the largest s: see ``runtimes.guidance``.
     """
@@ -56,6 +57,7 @@ class Request:
     width: int | None = None
     seed: int | Sequence[int] = 0
     sampler: str | None = None
+    spacing: str | None = None
     num_images: int = 1
     latents: np.ndarray | None = None
     noise: str = "torch"
@@ -63,7 +65,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry of ``prompts`` and ``negatives`` per image; ``latent_shape`` is [images, channels, height, width]."""
+    """One entry of ``prompts`` and ``negatives`` per image; ``latent_shape`` is [images, channels, height, width].
+
+    ``points`` has an entry for each call of the network, of which some samplers make several a step. ``spacing`` is empty where
+    it is the bundle's own.
+    """
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
@@ -71,6 +77,8 @@ class Plan:
     sampler_name: str
     sampler: Sampler
     points: Points
+    steps: int
+    spacing: str
     guidance_scale: float
     classifier_free: bool
     guidance: Guidance
@@ -86,13 +94,15 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     """Settle a request.
 
     Raises:
-        ArgumentError: a size, a number of steps or of texts that cannot be used. UnknownName: no such sampler.
+        ArgumentError: a size, a number of steps or of texts that cannot be used, an option that a sampler or spacing
+        does not have. UnknownName: no such sampler or spacing.
     """
-    name = request.sampler or sampling.sampler
-    sampler = cast(Sampler, find("runtimes.samplers", name, kind="sampler"))
-    points = sampler.points(sampling.schedule, sampling.steps if request.num_inference_steps is None else request.num_inference_steps)
+    name, sampler = resolve(request.sampler or sampling.sampler)
+    steps = sampling.steps if request.num_inference_steps is None else request.num_inference_steps
+    schedule = respaced(sampling.schedule, request.spacing)
+    points = sampler.points(schedule, steps)
     check_predictable(sampling.prediction, points, name)
-    check_folded(sampling.folded, points, name)
+    check_folded(sampling.folded, points, steps, name)
     scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
     prompts, negatives = _texts(request)
     return Plan(
@@ -102,11 +112,13 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         sampler_name=name,
         sampler=sampler,
         points=points,
+        steps=steps,
+        spacing="" if schedule == sampling.schedule else schedule.spacing,
         guidance_scale=scale,
         classifier_free=sampling.guidance == "classifier-free" and scale > 1,
         guidance=guidance(scale, rescale=request.guidance_rescale, interval=request.guidance_interval),
         threshold=None if request.dynamic_threshold is None else dynamic_threshold(request.dynamic_threshold),
-        warnings=_warnings(request, sampling, scale),
+        warnings=(*_warnings(request, sampling, scale), *_unspaced(sampler, sampling, schedule, points, steps)),
     )
 
 
@@ -157,3 +169,10 @@ def _warnings(request: Request, sampling: Sampling, scale: float) -> tuple[str, 
     if shaped and (sampling.guidance != "classifier-free" or scale <= 1):
         found.append(f"{' and '.join(shaped)} without effect: that takes classifier-free guidance at a scale above 1.")
     return tuple(found)
+
+
+def _unspaced(sampler: Sampler, sampling: Sampling, asked: NoiseSchedule, points: Points, steps: int) -> tuple[str, ...]:
+    """Some samplers have timesteps of their own, whatever the spacing."""
+    if asked == sampling.schedule or points != sampler.points(sampling.schedule, steps):
+        return ()
+    return (f"spacing {asked.spacing} has no effect: the sampler calls the network at the same points without it.",)

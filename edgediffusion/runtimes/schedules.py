@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.errors import ArgumentError, BundleError
+from edgediffusion.registry import find, names
+from edgediffusion.runtimes.options import Chosen, choose
 
-SPACINGS = ("leading", "trailing", "linspace")
 NEARLY_ZERO = 2.0**-24  # diffusers' alpha_bar of pure noise, where a sampler must divide by alpha
 
 
@@ -71,23 +72,63 @@ def alpha_bars(schedule: NoiseSchedule, *, end: float = 0.0) -> np.ndarray:
     return bars
 
 
-def spaced(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """float64 [steps], descending: training timesteps as DDIM and Euler take them; only linspace gives fractions.
+def respaced(schedule: NoiseSchedule, spacing: str | None) -> NoiseSchedule:
+    """The schedule with another spacing, a name of ``runtimes.spacings`` with its options; None leaves it as it is.
 
-    Source: Lin et al. 2023 (2305.08891), table 2, with diffusers' rounding.
+    Raises:
+        UnknownName: no such spacing. ArgumentError: an option that it does not have, or timesteps for a flow, which has none.
+    """
+    if spacing is None:
+        return schedule
+    chosen = _spacing(spacing)
+    if schedule.kind == "flow" and not hasattr(chosen.module, "ramp"):
+        ramps = [name for name in names("runtimes.spacings") if hasattr(find("runtimes.spacings", name), "ramp")]
+        raise ArgumentError(f"A flow has no training timesteps for the spacing '{spacing}' to pick", allowed=", ".join(ramps))
+    return replace(schedule, spacing=chosen.text)
+
+
+def levels(schedule: NoiseSchedule, steps: int, *, with_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [steps] each, descending: sigma / alpha where the network is called, and the training timestep, mostly a fraction.
+
+    Levels are interpolated linearly between training timesteps; timesteps of a ramp linearly in log level, as diffusers does.
     """
     check_steps(steps, schedule.train_steps)
-    total = schedule.train_steps
-    timesteps: np.ndarray
-    if schedule.spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, steps)[::-1]
-    elif schedule.spacing == "leading":
-        timesteps = np.arange(steps)[::-1] * float(total // steps) + schedule.steps_offset
-    elif schedule.spacing == "trailing":
-        timesteps = np.round(total - np.arange(steps) * (total / steps)) - 1
-    else:
-        raise BundleError("The bundle's schedule has an unknown spacing", got=schedule.spacing, allowed=", ".join(SPACINGS))
-    return check_timesteps(timesteps, total)
+    bars = alpha_bars(schedule, end=NEARLY_ZERO)
+    table, trained = np.sqrt((1.0 - bars) / bars), np.arange(len(bars))
+    chosen = _spacing(schedule.spacing)
+    if not hasattr(chosen.module, "ramp"):
+        timesteps = spaced(schedule, steps, with_end=with_end)
+        return np.interp(timesteps, trained, table), timesteps
+    whole = with_end and chosen.options.ends == "linspace"  # multistep solvers run over the whole table even in one step
+    ends = spaced(replace(schedule, spacing=chosen.options.ends), 2 if whole else steps)[[0, -1]]
+    ramp = chosen.module.ramp(*np.interp(ends, trained, table).tolist(), steps, chosen.options)
+    return ramp, np.interp(np.log(ramp), np.log(table), trained)
+
+
+def spaced(schedule: NoiseSchedule, steps: int, *, with_end: bool = False) -> np.ndarray:
+    """float64 [steps], descending: training timesteps of a spacing that picks timesteps. ``with_end``: see ``spacings``."""
+    check_steps(steps, schedule.train_steps)
+    chosen = _spacing(schedule.spacing)
+    options = () if chosen.options is None else (chosen.options,)
+    return check_timesteps(chosen.module.timesteps(schedule, steps, *options, with_end=with_end), schedule.train_steps)
+
+
+def is_ramp(schedule: NoiseSchedule) -> bool:
+    """Whether the spacing gives noise levels rather than training timesteps."""
+    return hasattr(_spacing(schedule.spacing).module, "ramp")
+
+
+def ramped(schedule: NoiseSchedule, sigmas: np.ndarray) -> np.ndarray:
+    """The sigmas of a flow, or a ramp from the first to the last of them where the schedule's spacing is one."""
+    chosen = _spacing(schedule.spacing)
+    if not hasattr(chosen.module, "ramp"):
+        return sigmas
+    moved: np.ndarray = chosen.module.ramp(float(sigmas[0]), float(sigmas[-1]), len(sigmas), chosen.options)
+    return moved
+
+
+def _spacing(text: str) -> Chosen:
+    return choose("runtimes.spacings", text, kind="spacing")
 
 
 def variance_preserving(bars: np.ndarray, timestep: int) -> Point:
@@ -102,13 +143,26 @@ def variance_exploding(ratio: float, timestep: float) -> Point:
 
 
 def interpolated(schedule: NoiseSchedule, steps: int) -> Points:
-    """The points of Euler's method: sigma / alpha interpolated linearly between training timesteps, as diffusers does."""
-    timesteps = spaced(schedule, steps)
-    bars = alpha_bars(schedule, end=NEARLY_ZERO)
-    ratios = np.interp(timesteps, np.arange(len(bars)), np.sqrt((1.0 - bars) / bars))
+    """The points of Euler's method and its relatives: any noise level, and the fraction of a timestep that it lies at."""
+    ratios, timesteps = levels(schedule, steps)
     at = tuple(variance_exploding(float(r), float(t)) for r, t in zip(ratios, timesteps, strict=True))
     # With leading spacing diffusers starts from sqrt(1 + s^2) noise, which is noise of unit variance here.
-    return Points.chain(at, noise_scale=1.0 if schedule.spacing == "leading" else at[0].sigma)
+    return Points.chain(at, noise_scale=1.0 if _ends_leading(schedule) else at[0].sigma)
+
+
+def multistep(schedule: NoiseSchedule, steps: int) -> Points:
+    """The points of DPM-Solver and its relatives: the network is told whole timesteps, of a ramp the nearest to its levels."""
+    ratios, timesteps = levels(schedule, steps, with_end=True)
+    if not is_ramp(schedule):
+        bars = alpha_bars(schedule, end=NEARLY_ZERO)
+        return Points.chain(tuple(variance_preserving(bars, int(t)) for t in check_timesteps(np.round(timesteps), schedule.train_steps)))
+    # diffusers rounds Karras' timesteps, and cuts off the fraction of the others.
+    whole = np.round(timesteps) if schedule.spacing.startswith("karras") else np.floor(timesteps)
+    return Points.chain(tuple(variance_exploding(float(r), float(t)) for r, t in zip(ratios, whole, strict=True)))
+
+
+def _ends_leading(schedule: NoiseSchedule) -> bool:
+    return "leading" in (schedule.spacing, getattr(_spacing(schedule.spacing).options, "ends", ""))
 
 
 def shifted(schedule: NoiseSchedule, sigma: np.ndarray) -> np.ndarray:
@@ -137,8 +191,9 @@ def require_kind(schedule: NoiseSchedule, sampler: str, *, is_flow: bool) -> Non
     """Refuse a sampler that is not made for the bundle's kind of schedule."""
     if (schedule.kind == "flow") == is_flow:
         return
-    fitting = "flow-euler, dpmpp-2m" if schedule.kind == "flow" else "ddim, euler, euler-ancestral, dpmpp-2m, lcm"
-    raise ArgumentError(f"The sampler '{sampler}' is not made for a schedule of kind '{schedule.kind}'", allowed=fitting)
+    suits = ("flow" if schedule.kind == "flow" else "diffusion", "both")
+    fitting = [name for name in names("runtimes.samplers") if find("runtimes.samplers", name).KIND in suits]
+    raise ArgumentError(f"The sampler '{sampler}' is not made for a schedule of kind '{schedule.kind}'", allowed=", ".join(fitting))
 
 
 def _betas(schedule: NoiseSchedule) -> np.ndarray:

@@ -286,7 +286,7 @@ class TestRefusals:
             ({"height": -4}, r"Got: -4 x 16"),
             ({"num_inference_steps": 0}, r"number of steps.*Got: 0.*1 to 1000"),
             ({"sampler": "lcm", "num_inference_steps": 51}, r"'lcm'.*Got: 51.*1 to 50"),
-            ({"sampler": "flow-euler"}, r"'flow-euler'.*'scaled_linear'.*ddim, euler"),
+            ({"sampler": "flow-euler"}, r"'flow-euler'.*'scaled_linear'.*ddim, dpmpp-2m"),
             ({"num_images": 0}, r"images per prompt.*Got: 0"),
             ({"seed": [1, 2]}, r"2 seeds for 1 images"),
             ({"noise": "white"}, r"No noise is called 'white'.*philox, torch"),

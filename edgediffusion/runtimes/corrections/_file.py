@@ -50,7 +50,7 @@ class Correction:
             raise ArgumentError(
                 f"The correction '{self.name or self.method}' was measured for something else",
                 got="; ".join(differing),
-                do=f"Measure it anew for what is drawn: {_command(self.method, run.deployment)}",
+                do=_advice(self.method, run.deployment),
             )
         return Applied(self.rule.terms(self.parameters), run)
 
@@ -183,6 +183,9 @@ def _brief(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "unknown"
 
 
-def _command(method: str, here: Deployment) -> str:
+def _advice(method: str, here: Deployment) -> str:
+    if " with spacing " in here.sampler:
+        return "Draw with the bundle's own spacing: corrections are measured for that."
     settings = f"--sampler {here.sampler} --steps {here.steps} --guidance-scale {here.guidance_scale:g}"
-    return f"edgediffusion correct BUNDLE --reference FLOATBUNDLE --method {method} {settings} -o NEW"
+    command = f"edgediffusion correct BUNDLE --reference FLOATBUNDLE --method {method} {settings} -o NEW"
+    return f"Measure it anew for what is drawn: {command}"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgediffusion.bundle import NoiseSchedule
-from edgediffusion.errors import BundleError
 from edgediffusion.runtimes import schedules
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.samplers import Denoise
-from edgediffusion.runtimes.schedules import NEARLY_ZERO, Point, Points, alpha_bars, variance_preserving
+from edgediffusion.runtimes.schedules import Point, Points
 
 ORDER = 2.0
+KIND = "both"
 
 
 def points(schedule: NoiseSchedule, steps: int) -> Points:
@@ -22,9 +22,7 @@ def points(schedule: NoiseSchedule, steps: int) -> Points:
     schedules.check_steps(steps, schedule.train_steps)
     if schedule.kind == "flow":
         return _flow_points(schedule, steps)
-    bars = alpha_bars(schedule, end=NEARLY_ZERO)
-    timesteps = schedules.check_timesteps(_timesteps(schedule, steps), schedule.train_steps)
-    return Points.chain(tuple(variance_preserving(bars, int(t)) for t in timesteps))
+    return schedules.multistep(schedule, steps)
 
 
 def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise) -> Iterator[np.ndarray]:
@@ -47,18 +45,8 @@ def _lambda(point: Point) -> float:
     return math.log(point.alpha) - math.log(point.sigma) if point.sigma > 0 else math.inf
 
 
-def _timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    total = schedule.train_steps
-    if schedule.spacing == "linspace":
-        return np.linspace(0, total - 1, steps + 1).round()[::-1][:-1]
-    if schedule.spacing == "leading":
-        return np.arange(1, steps + 1)[::-1] * float(total // (steps + 1)) + schedule.steps_offset
-    if schedule.spacing == "trailing":
-        return np.round(total - np.arange(steps) * (total / steps)) - 1
-    raise BundleError("The bundle's schedule has an unknown spacing", got=schedule.spacing, allowed=", ".join(schedules.SPACINGS))
-
-
 def _flow_points(schedule: NoiseSchedule, steps: int) -> Points:
     """Starts one training step below pure noise, where lambda is finite; the network is told whole timesteps."""
     sigmas = schedules.shifted(schedule, 1.0 - np.linspace(1.0, 1.0 / schedule.train_steps, steps + 1))
-    return Points.chain(tuple(Point(1.0 - s, s, float(int(s * schedule.train_steps))) for s in sigmas[::-1][:-1].tolist()))
+    sigmas = schedules.ramped(schedule, sigmas[::-1][:-1])
+    return Points.chain(tuple(Point(1.0 - s, s, float(int(s * schedule.train_steps))) for s in sigmas.tolist()))

@@ -10,9 +10,10 @@ from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.runtimes.samplers.ddim import sample
 from edgediffusion.runtimes.schedules import Points, interpolated, require_kind
 
-__all__ = ["ORDER", "points", "sample"]
+__all__ = ["KIND", "ORDER", "points", "sample"]
 
 ORDER = 1.0
+KIND = "diffusion"
 
 
 def points(schedule: NoiseSchedule, steps: int) -> Points:

@@ -13,6 +13,7 @@ from edgediffusion.runtimes.samplers import Denoise
 from edgediffusion.runtimes.schedules import Point, Points, interpolated, require_kind
 
 ORDER = 0.0
+KIND = "diffusion"
 
 
 def points(schedule: NoiseSchedule, steps: int) -> Points:

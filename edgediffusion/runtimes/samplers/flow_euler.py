@@ -9,11 +9,12 @@ import numpy as np
 
 from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.runtimes.samplers.ddim import sample
-from edgediffusion.runtimes.schedules import Points, check_steps, flow, require_kind, shifted
+from edgediffusion.runtimes.schedules import Points, check_steps, flow, ramped, require_kind, shifted
 
-__all__ = ["ORDER", "points", "sample"]
+__all__ = ["KIND", "ORDER", "points", "sample"]
 
 ORDER = 1.0
+KIND = "flow"
 
 
 def points(schedule: NoiseSchedule, steps: int) -> Points:
@@ -21,4 +22,4 @@ def points(schedule: NoiseSchedule, steps: int) -> Points:
     require_kind(schedule, "flow-euler", is_flow=True)
     check_steps(steps, schedule.train_steps)
     smallest = float(shifted(schedule, np.array(1.0 / schedule.train_steps)))
-    return flow(schedule, shifted(schedule, np.linspace(1.0, smallest, steps)))
+    return flow(schedule, ramped(schedule, shifted(schedule, np.linspace(1.0, smallest, steps))))

@@ -14,6 +14,7 @@ from edgediffusion.runtimes.samplers import Denoise
 from edgediffusion.runtimes.schedules import Point, Points, alpha_bars, require_kind, variance_preserving
 
 ORDER = 0.0
+KIND = "diffusion"
 SOLVER_STEPS = 50  # of the solver that the students were distilled from: they know its timesteps only
 TIMESTEP_SCALING = 10.0
 SIGMA_DATA = 0.5
