@@ -110,7 +110,7 @@ def recipe_for(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
     if wanted is None:
         return own
     recipe = load_recipe(wanted)
-    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "stages", "eight", "split", "rotate")
+    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "stages", "dynamic", "eight", "split", "rotate")
     differing = [field for field in fields if getattr(recipe, field) != getattr(own, field)]
     if differing:
         raise ArgumentError(
@@ -123,14 +123,17 @@ def recipe_for(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
 
 def check_formats(recipe: Recipe, placement: Placement) -> None:
     """Refuse number formats that the engine has no kernels for: such a graph fails when it is loaded, or is slower than float."""
-    allowed = placement.formats
-    lacking = sorted({recipe.weights, recipe.activations} - {"float", *allowed})
+    lacking = sorted({recipe.weights, recipe.activations} - {"float", *placement.formats})
+    if recipe.dynamic and recipe.dynamic not in placement.dynamic:
+        lacking.append(f"dynamic = {recipe.dynamic!r}")
     if lacking:
+        ways = [f"dynamic = {way!r}" for way in placement.dynamic]
         raise ArgumentError(
             f"The engine of the placement '{placement.name}' has no kernels for what the recipe '{recipe.name}' asks for",
             got=", ".join(lacking),
-            allowed=", ".join(allowed),
-            do="Choose another recipe, or a target whose engine has them: edgediffusion targets",
+            allowed=", ".join([*placement.formats, *ways]),
+            do="Choose another recipe, or a target whose engine has them: edgediffusion targets. To see the pictures alone, computed in "
+            "float by any engine: --placement simulated",
         )
 
 

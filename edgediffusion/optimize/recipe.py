@@ -22,7 +22,9 @@ else:
     import tomli as tomllib
 
 _HERE = Path(__file__).parent
-BITS = {"int8": 8, "int4": 4, "fp8": 8}
+FLOAT4 = ("fp4", "e2m1", "e1m2", "e3m0")  # one scale for a channel or a tensor; fp4: of the others the best for each layer
+BITS = {"int8": 8, "int4": 4, "fp8": 8, "nvfp4": 4, **dict.fromkeys(FLOAT4, 4)}
+DYNAMIC = ("", "tensor", "token")
 RANGES = ("max", "mse", "step-mean", "modelopt-max", "modelopt-mse")
 LARGEST_RANK = 256
 MOST_STAGES = 8
@@ -41,7 +43,9 @@ class Recipe:
     inputs up to the mean of the steps' largest values, or what nvidia-modelopt's algorithms find. ``activations = "float"``
     quantizes weights only; then ``group`` may give linear layers' weights a scale for every so many input channels (0: one for
     all). ``rank`` gives linear layers of few bits a float branch of that rank. Activations have ranges of their own in each of
-    ``stages`` runs of sampling steps, and there is a graph for each. ``fp8`` is E4M3.
+    ``stages`` runs of sampling steps, and there is a graph for each. ``fp8`` is E4M3; ``nvfp4`` and the formats of ``FLOAT4`` are in
+    float4.py. ``dynamic`` finds the ranges of matrix products' inputs at run time, for a whole ``tensor`` or for each ``token``; the
+    latter with ``group`` for every so many channels of it.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Recipe:
     group: int = 0
     rank: int = 0
     stages: int = 1
+    dynamic: str = ""
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
@@ -96,7 +101,8 @@ class Placement:
     ``outputs`` are the operators with Q/DQ there. With ``channel_scales``, unsigned outputs have a scale
     for each channel: Q has 1 and DQ a vector, which the engine must not mind. ``int4`` is what codes of 4-bit weights are stored as
     where activations are integers too: ``int4``, or ``int8`` where the engine's kernels take no other. ``formats`` are those of
-    weights and activations that the engine has kernels for.
+    weights and activations that the engine has kernels for, ``dynamic`` the recipes' ways to find ranges at run time. A placement
+    that ``simulates`` has operators on float numbers in place of kernels for the floating formats.
     """
 
     name: str
@@ -106,6 +112,8 @@ class Placement:
     channel_scales: bool = False
     int4: str = "int4"
     formats: tuple[str, ...] = ("int8", "int4")
+    dynamic: tuple[str, ...] = ()
+    simulates: bool = False
 
 
 def load_recipe(name: str | Recipe) -> Recipe:
@@ -113,7 +121,10 @@ def load_recipe(name: str | Recipe) -> Recipe:
     if isinstance(name, Recipe):
         return name
     recipe = _check(_load(Recipe, "recipes", name), weights=tuple(BITS), activations=_FORMATS, ranges=RANGES, group=GROUPS)
+    _check(recipe, dynamic=DYNAMIC)
     _check_together(recipe)
+    _check_dynamic(recipe)
+    _check_floats(recipe)
     if recipe.preset:
         recipe = with_preset(recipe, recipe.preset)
     for folder in ("balance", "rounding"):
@@ -129,11 +140,11 @@ def load_recipe(name: str | Recipe) -> Recipe:
 
 
 def _check_together(recipe: Recipe) -> None:
-    if recipe.group and recipe.activations != "float":
+    if recipe.group and recipe.activations != "float" and recipe.dynamic != "token":
         raise ArgumentError(
             f"'{recipe.name}' asks for scales by group of input channels beside quantized activations: integer kernels sum over them",
             got=f"group = {recipe.group}, activations = {recipe.activations!r}",
-            do='Leave out group, or set activations = "float".',
+            do='Leave out group, or set activations = "float" or dynamic = "token".',
         )
     if not (isinstance(recipe.rank, int) and 0 <= recipe.rank <= LARGEST_RANK):
         raise ArgumentError(f"'{recipe.name}' asks for a rank that is none", got=repr(recipe.rank), allowed=f"0..{LARGEST_RANK}")
@@ -153,17 +164,42 @@ def _check_together(recipe: Recipe) -> None:
             got=f"rank = {recipe.rank}, ranges = {recipe.ranges!r}",
             do='Leave out rank, or set ranges = "mse".',
         )
-    if "fp8" in (recipe.weights, recipe.activations):
-        differing = {f: v for f, v in (("ranges", recipe.ranges), ("rounding", recipe.rounding)) if v != getattr(_PLAIN, f)}
-        if differing:
-            raise ArgumentError(
-                f"'{recipe.name}' asks for fp8 with methods that are for integers",
-                got=", ".join(f"{f} = {v!r}" for f, v in differing.items()),
-                allowed=f"ranges = {_PLAIN.ranges!r}, rounding = {_PLAIN.rounding!r}",
-            )
 
 
-_PLAIN = Recipe("", "fp8", "fp8")
+def _check_dynamic(recipe: Recipe) -> None:
+    if not recipe.dynamic:
+        return
+    allowed: dict[str, tuple[object, ...]] = {
+        "weights": ("int8", "int4"),
+        "activations": ("int8", "int4"),
+        "rounding": ("nearest", "gptq"),
+        "ranges": ("max", "mse"),
+        "stages": (1,),
+        "rank": (0,),
+    }
+    _check_fields(recipe, "ranges that are found at run time", allowed)
+
+
+def _check_floats(recipe: Recipe) -> None:
+    used = {recipe.weights, recipe.activations} - {"float"}
+    if not used & {"fp8", "nvfp4", *FLOAT4}:
+        return
+    allowed: dict[str, tuple[object, ...]] = {"ranges": ("max",), "rounding": ("nearest",)}
+    if "fp8" not in used:  # four bits
+        family = ("nvfp4",) if "nvfp4" in used else FLOAT4
+        allowed = {"weights": family, "activations": (*family, "float"), "rounding": ("nearest",), "group": (0,), "rank": (0,)}
+        allowed |= {"ranges": ("max",)} if "nvfp4" in used else {"ranges": ("max", "mse"), "stages": (1,)}
+    _check_fields(recipe, f"{' and '.join(sorted(used))} beside what is for integers or for other formats", allowed)
+
+
+def _check_fields(recipe: Recipe, what: str, allowed: Mapping[str, tuple[object, ...]]) -> None:
+    differing = {field: getattr(recipe, field) for field, values in allowed.items() if getattr(recipe, field) not in values}
+    if differing:
+        raise ArgumentError(
+            f"'{recipe.name}' asks for {what}",
+            got=", ".join(f"{field} = {value!r}" for field, value in differing.items()),
+            allowed="; ".join(f"{field} {', '.join(map(repr, allowed[field]))}" for field in differing),
+        )
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
