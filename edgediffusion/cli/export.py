@@ -18,8 +18,17 @@ _DTYPES: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": 
     "--opset", type=click.IntRange(min=18), default=23, show_default=True, help="ONNX operator set; older engines need a lower one."
 )
 @click.option("--weights", type=click.Choice(["link", "copy"]), default="link", show_default=True, help="How weights get there.")
+@click.option(
+    "--cut",
+    "cuts",
+    multiple=True,
+    metavar="MODULE",
+    help="Also give graphs of the denoiser's parts, cut here, for caching; may be repeated.",
+)
 @json_option
-def command(source: Path, output: Path, dtype: str, opset: int, weights: Literal["link", "copy"], as_json: bool) -> None:
+def command(
+    source: Path, output: Path, dtype: str, opset: int, weights: Literal["link", "copy"], cuts: tuple[str, ...], as_json: bool
+) -> None:
     """Export SOURCE as a bundle of ONNX graphs.
 
     SOURCE is a pipeline in diffusers' folder format. Its weights are not copied where the disk can share them.
@@ -28,11 +37,12 @@ def command(source: Path, output: Path, dtype: str, opset: int, weights: Literal
     Example:
       edgediffusion export my-pipeline -o bundle
       edgediffusion export my-pipeline -o half --dtype fp16 --weights copy
+      edgediffusion export my-pipeline -o cut --cut up_blocks.2.resnets.1
     """
     from edgediffusion.cli._progress import Progress
     from edgediffusion.cli._show import show_bundle
     from edgediffusion.export import export
 
     with Progress() as progress:
-        bundle = export(source, output, dtype=_DTYPES[dtype], opset=opset, weights=weights, progress=progress)
+        bundle = export(source, output, dtype=_DTYPES[dtype], opset=opset, weights=weights, cuts=cuts, progress=progress)
     show_bundle(bundle, output, as_json=as_json)

@@ -7,6 +7,9 @@
     text_encoders.py, autoencoder.py   the graphs that families share
     tokenizers.py   tokenizers as a runtime reads them
     quiet.py        silence for libraries that talk on stderr
+    marks.py        tensors inside a network that its graph is cut at
+    skip_cuts.py, block_cuts.py        where UNets and transformers can be cut
+    cut_graphs.py   parts of a graph as graphs of their own
     skeleton.py     a network without weights
     trace.py        a skeleton becomes an ONNX graph
     simplify.py     the graph made small, and free of the machine that made it
@@ -22,7 +25,7 @@ This file loads nothing heavy: the command line asks it for help texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -45,18 +48,20 @@ def export(
     dtype: Literal["float32", "float16"] = "float32",
     opset: int = 23,
     weights: Literal["link", "copy"] = "link",
+    cuts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a diffusers folder as a bundle; the networks are traced without ever loading their weights.
 
     ``dtype`` is what the graphs compute in. Weights stay in the source's own safetensors files, which are linked or
     copied into the bundle; where they are wider than ``dtype`` they are converted into a new file, one tensor at a
-    time. Weights that are narrower stay as they are, with a Cast node behind each. ``progress`` is called with what
-    is being done and the part of all that is done, 0 to 1.
+    time. Weights that are narrower stay as they are, with a Cast node behind each. ``cuts`` are modules of the denoiser, such as
+    ``up_blocks.2.resnets.1`` or ``transformer_blocks.0``: for each the bundle has graphs of the denoiser's parts (docs/caching.md).
+    ``progress`` is called with what is being done and the part of all that is done, 0 to 1.
 
     Raises:
         SourceError: the source cannot be read as a pipeline that is known here; the message says what to do.
-        OutputError: ``output`` exists, or cannot be written. ArgumentError: an unknown dtype, opset or way to take weights.
+        OutputError: ``output`` exists, or cannot be written. ArgumentError: an unknown dtype, opset, way to take weights or cut.
         MissingExtra: a library of the extra ``export`` is not installed.
     """
     for what, value, known in (("dtype", dtype, DTYPES), ("opset", opset, OPSETS), ("way to take weights", weights, WEIGHTS)):
@@ -68,5 +73,6 @@ def export(
         from edgediffusion.export.pipeline import write_bundle
         from edgediffusion.export.source import Source
 
-        write_bundle(Source.open(Path(source)), folder, dtype=dtype, opset=opset, link=weights == "link", progress=progress)
+        origin = Source.open(Path(source))
+        write_bundle(origin, folder, dtype=dtype, opset=opset, link=weights == "link", cuts=tuple(cuts), progress=progress)
     return Bundle.open(output, verify=False)

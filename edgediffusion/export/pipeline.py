@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,57 +14,91 @@ import torch
 
 from edgediffusion import bundle
 from edgediffusion.bundle import Component, File, TensorSpec, Verb
+from edgediffusion.errors import ArgumentError
 from edgediffusion.export import Progress, tokenizers
 from edgediffusion.export.checkpoint import Stored
+from edgediffusion.export.cut_graphs import write_part
 from edgediffusion.export.families import FLOAT, Family, Part, Tensor, family_of
 from edgediffusion.export.group_norm import lower_group_norm
 from edgediffusion.export.naming import match
 from edgediffusion.export.simplify import simplify
 from edgediffusion.export.skeleton import Skeleton, skeleton
 from edgediffusion.export.source import INDEX, Source
-from edgediffusion.export.trace import trace
+from edgediffusion.export.trace import NO_MARKS, trace
 from edgediffusion.export.weights import attach
 from edgediffusion.files import sha256
 
 MODEL = "model.onnx"
 PROMPTS = "prompts.txt"  # those that a source recommends for calibration
+_SHOWN = 12  # cuts in a message
 _ORIGINS = ("_name_or_path", "name_or_path")
 _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript")
 
 
-def write_bundle(source: Source, folder: Path, *, dtype: str, opset: int, link: bool, progress: Progress | None) -> None:
+def write_bundle(
+    source: Source, folder: Path, *, dtype: str, opset: int, link: bool, cuts: Sequence[str], progress: Progress | None
+) -> None:
     """Fill the empty ``folder``. Everything that can be refused is refused before the first graph is traced.
 
     Raises:
-        SourceError: the source is no pipeline that can be exported.
+        SourceError: the source is no pipeline that can be exported. ArgumentError: it cannot be cut so.
     """
     name, family = family_of(source)
     parts = family.parts(source)
     sampling = family.sampling(source)
     checkpoints = {part.network: source.checkpoint(part.network) for part in parts}
-    components = tuple(_copy_texts(source, part, folder, dtype) for part in parts)
+    described = {part: _copy_texts(source, part, folder, dtype) for part in parts}
     bones = {part: skeleton(partial(source.network, part.network), getattr(torch, dtype)) for part in parts}
     stored = {p: match(checkpoints[p.network], b.shapes, tied=b.tied, prefix=b.prefix) for p, b in bones.items()}
+    chosen = _choose_cuts(source, bones, cuts)
     placed: dict[Path, Path] = {}
+    components: list[Component] = []
     for done, part in enumerate(parts):
         if progress is not None:
             progress(f"exporting {part.name}", done / len(parts))
-        model = _graph(part, bones.pop(part), getattr(torch, dtype), opset)
+        of_part = chosen.get(part, ())
+        model = _graph(part, bones.pop(part), getattr(torch, dtype), opset, of_part)
+        whole, cut_out = (
+            (described[part], ()) if part.cuts is None or not of_part else part.cuts.settle(model.graph, described[part], of_part)
+        )
         _write_graph(source, part, model, stored[part], folder / part.name, link=link, placed=placed)
+        components += [whole, *(write_part(model, folder / part.name, component, folder) for component in cut_out)]
     if progress is not None:
         progress("hashing", 1.0)
     _copy_index(source, folder, family)
     if (source.path / PROMPTS).is_file():
         _copy_file(source.path / PROMPTS, folder / PROMPTS)
     digests = {file: sha256(file) for checkpoint in checkpoints.values() for file in checkpoint.files}
-    arguments = {"pipeline": source.class_name, "source": source.digest(digests), "dtype": dtype, "opset": opset}
+    arguments: dict[str, object] = {"pipeline": source.class_name, "source": source.digest(digests), "dtype": dtype, "opset": opset}
+    if chosen:
+        arguments["cuts"] = [cut for of_part in chosen.values() for cut in of_part]
     history = (Verb("export", arguments, {tool: version(tool) for tool in _TOOLS}),)
-    bundle.write(folder, family=name, components=components, sampling=sampling, history=history, known=_known(folder, placed, digests))
+    known = _known(folder, placed, digests)
+    bundle.write(folder, family=name, components=tuple(components), sampling=sampling, history=history, known=known)
 
 
-def _graph(part: Part, bones: Skeleton, dtype: torch.dtype, opset: int) -> ir.Model:
-    """The part's graph as it will be, but for the values of its weights."""
-    traced = trace(part, bones, dtype, opset)
+def _choose_cuts(source: Source, bones: Mapping[Part, Skeleton], cuts: Sequence[str]) -> dict[Part, tuple[str, ...]]:
+    """The part to be cut and where, in the network's order; nothing for no cuts."""
+    if not cuts:
+        return {}
+    part = next((part for part in bones if part.cuts is not None), None)
+    if part is None or part.cuts is None:
+        raise ArgumentError(f"No network of a {source.class_name} can be cut", got=", ".join(cuts), do="Export it without --cut.")
+    places = part.cuts.places(bones[part].network)
+    unknown = [cut for cut in cuts if cut not in places]
+    if unknown:
+        raise ArgumentError(
+            f"The network '{part.network}' cannot be cut at '{unknown[0]}'",
+            allowed=", ".join(places if len(places) <= _SHOWN else (*places[: _SHOWN - 2], "...", places[-1])),
+            do="Name one of these.",
+        )
+    return {part: tuple(place for place in places if place in cuts)}
+
+
+def _graph(part: Part, bones: Skeleton, dtype: torch.dtype, opset: int, cuts: Sequence[str]) -> ir.Model:
+    """The part's graph as it will be, but for the values of its weights; what is marked for its cuts are its last outputs."""
+    marks = part.cuts.marks(bones.network, cuts) if part.cuts is not None and cuts else NO_MARKS
+    traced = trace(part, bones, dtype, opset, marks)
     model = traced.model
     for name, own in traced.names.items():
         value = model.graph.initializers.pop(name)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from edgediffusion.errors import SourceError
-from edgediffusion.export.families import FLOAT, Part, Tensor
+from edgediffusion.export.families import FLOAT, Axis, Part, Tensor
+from edgediffusion.export.marks import Mark, marked
 from edgediffusion.export.quiet import quiet
 from edgediffusion.export.skeleton import Skeleton
+
+NO_MARKS: Mapping[str, Mark] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class Traced:
     names: Mapping[str, str]
 
 
-def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int) -> Traced:
-    """Trace a part with the sizes of its axes as examples; the named axes stay free.
+def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int, marks: Mapping[str, Mark] = NO_MARKS) -> Traced:
+    """Trace a part with the sizes of its axes as examples; the named axes stay free. Marked tensors are its last outputs.
 
     Raises:
         SourceError: the exporter does not get through this network.
@@ -33,7 +38,7 @@ def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int) -> Tra
     prefix = next(f"{name}." for name, child in wrapped.named_children() if child is skeleton.network)
     with skeleton.fake:
         arguments = {i.name: torch.zeros(i.example, dtype=_dtype(i, dtype)) for i in part.inputs}
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), marked(wrapped, skeleton.network, marks):
         try:
             exported = torch.export.export(wrapped, (), arguments, dynamic_shapes=_dynamic_shapes(part), strict=False)
             program = torch.onnx.export(exported, dynamo=True, opset_version=opset, optimize=False, verbose=False)
@@ -43,7 +48,7 @@ def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int) -> Tra
             ) from error
     if program is None:
         raise SourceError(f"The component '{part.name}' cannot be exported", do="Please report this network.")
-    _name_interface(program.model, part)
+    _name_interface(program.model, part, _marked_tensors(exported, part, marks))
     return Traced(program.model, {name: name.removeprefix(prefix) for name in program.model.graph.initializers})
 
 
@@ -68,10 +73,37 @@ def _dynamic_shapes(part: Part) -> dict[str, dict[int, Any]]:
     return shapes
 
 
-def _name_interface(model: ir.Model, part: Part) -> None:
-    """Give outputs and free axes the names of the part, all through the graph."""
+def _marked_tensors(exported: Any, part: Part, marks: Mapping[str, Mark]) -> tuple[Tensor, ...]:
+    """The marked outputs, their axes told by those of the inputs."""
+    given = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    axes: dict[Any, Axis] = {}
+    for tensor in part.inputs:
+        for size, axis in zip(given[tensor.name].shape, tensor.axes, strict=True):
+            if isinstance(axis, Axis):
+                axes |= dict.fromkeys(size.node.expr.free_symbols, axis)
+    nodes = exported.graph.output_node().args[0][len(part.outputs) :]
+    found = zip(marks, (node.meta["val"].shape for node in nodes), strict=True)
+    return tuple(Tensor(name, tuple(_axis(name, size, axes) for size in shape)) for name, shape in found)
+
+
+def _axis(name: str, size: Any, axes: Mapping[Any, Axis]) -> int | Axis:
+    """A size, or a product of the inputs' axes over an integer, see ``bundle.axis_size``: ``height/2``, ``height*width/4``."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    of = {symbol: axis for symbol, axis in axes.items() if symbol in expression.free_symbols}
+    product = math.prod(axis.example for axis in of.values())
+    example = int(expression.xreplace({symbol: axis.example // axis.multiple for symbol, axis in of.items()}))
+    if product % example:
+        raise SourceError(f"The network cannot be cut at '{name}': sizes there are no parts of the inputs' sizes", got=str(expression))
+    divided = f"/{product // example}" if product != example else ""
+    return Axis("*".join(axis.name for axis in of.values()) + divided, example)
+
+
+def _name_interface(model: ir.Model, part: Part, extra: tuple[Tensor, ...]) -> None:
+    """Give outputs, ``extra`` ones after the part's, and free axes their names, all through the graph."""
     values = [*model.graph.inputs, *model.graph.outputs]
-    tensors = [*part.inputs, *part.outputs]
+    tensors = [*part.inputs, *part.outputs, *extra]
     renamed: dict[str, str] = {}
     for value, tensor in zip(values, tensors, strict=True):
         if value in model.graph.inputs and value.name != tensor.name:

@@ -6,14 +6,16 @@ and the facts that a sampling loop needs. Nothing after export knows families.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
+import onnx_ir as ir
 import torch
 
-from edgediffusion.bundle import Sampling
+from edgediffusion.bundle import Component, Sampling
 from edgediffusion.errors import SourceError
+from edgediffusion.export.marks import Mark
 from edgediffusion.export.source import Source
 from edgediffusion.registry import find, names
 
@@ -48,13 +50,31 @@ class Tensor:
         return tuple(axis if isinstance(axis, int) else axis.example for axis in self.axes)
 
 
+class Cuts(Protocol):
+    """How networks of one kind are cut: a module such as ``export.skip_cuts``."""
+
+    def places(self, network: torch.nn.Module) -> tuple[str, ...]:
+        """The modules that it can be cut at, in the order in which they run."""
+
+    def marks(self, network: torch.nn.Module, cuts: Sequence[str]) -> Mapping[str, Mark]:
+        """The tensors to mark for some of these places, by the names that they have in the graph."""
+
+    def settle(self, graph: ir.Graph, whole: Component, cuts: Sequence[str]) -> tuple[Component, tuple[Component, ...]]:
+        """Name what is at the cuts in the traced graph, whose last outputs are the marks, and take away outputs that it shall
+        not have; returns its component as it then is, and those to be cut out of it.
+
+        Raises:
+            SourceError: the network is not as its modules' names promise.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """One graph to be made.
 
     ``network`` is the source's component that it is made of, and ``wrap`` puts a module around that network which takes
     ``inputs`` by name and returns ``outputs`` in order. ``tokenizer`` is the folder of the source whose tokenizer
-    makes the input ``input_ids``; ``feeds`` as in ``bundle.Component``.
+    makes the input ``input_ids``; ``feeds`` as in ``bundle.Component``; ``cuts`` says how its graph can be cut, if it can.
     """
 
     name: str
@@ -65,6 +85,7 @@ class Part:
     outputs: tuple[Tensor, ...]
     tokenizer: str | None = None
     feeds: Mapping[str, str] = field(default_factory=dict)
+    cuts: Cuts | None = None
 
 
 class Family(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from edgediffusion.bundle import Sampling
-from edgediffusion.export import autoencoder, text_encoders
+from edgediffusion.export import autoencoder, skip_cuts, text_encoders
 from edgediffusion.export.families import BATCH, Axis, Part, Tensor, check_components
 from edgediffusion.export.schedule import read_scheduler
 from edgediffusion.export.source import Source
@@ -86,6 +86,7 @@ def _unet(source: Source, tokens: int) -> Part:
         wrap=Denoiser,
         inputs=(Tensor("sample", (BATCH, config["in_channels"], rows, columns)), Tensor("timestep", (1,), "float32"), *conditions),
         outputs=(Tensor("out_sample", (BATCH, config["out_channels"], rows, columns)),),
+        cuts=skip_cuts,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from edgediffusion.bundle import Sampling
-from edgediffusion.export import autoencoder, text_encoders
+from edgediffusion.export import autoencoder, block_cuts, text_encoders
 from edgediffusion.export.families import BATCH, Axis, Part, Tensor, check_components
 from edgediffusion.export.schedule import read_scheduler
 from edgediffusion.export.source import Source
@@ -102,4 +102,5 @@ def _transformer(source: Source, texts: list[Part]) -> Part:
             *others,
         ),
         outputs=(Tensor("out_sample", (BATCH, config["out_channels"], rows, columns)),),
+        cuts=block_cuts,
     )
