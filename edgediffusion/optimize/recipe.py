@@ -26,6 +26,8 @@ FLOAT4 = ("fp4", "e2m1", "e1m2", "e3m0")  # one scale for a channel or a tensor;
 BITS = {"int8": 8, "int4": 4, "fp8": 8, "nvfp4": 4, **dict.fromkeys(FLOAT4, 4)}
 DYNAMIC = ("", "tensor", "token")
 RANGES = ("max", "mse", "step-mean", "modelopt-max", "modelopt-mse")
+RECONSTRUCT = ("network", "block")
+TEMPORAL = ("", "tiar")
 LARGEST_RANK = 256
 MOST_STAGES = 8
 GROUPS = (0, 16, 32, 64, 128, 256)  # block sizes that engines' kernels for 4-bit weights have
@@ -45,7 +47,10 @@ class Recipe:
     all). ``rank`` gives linear layers of few bits a float branch of that rank. Activations have ranges of their own in each of
     ``stages`` runs of sampling steps, and there is a graph for each. ``fp8`` is E4M3; ``nvfp4`` and the formats of ``FLOAT4`` are in
     float4.py. ``dynamic`` finds the ranges of matrix products' inputs at run time, for a whole ``tensor`` or for each ``token``; the
-    latter with ``group`` for every so many channels of it.
+    latter with ``group`` for every so many channels of it. ``effective_bits`` lets nvidia-modelopt choose which layers have the
+    recipe's format, 8 bits, or stay float, so that a weight has so many bits on average (0: none is chosen). ``reconstruct`` is what
+    rounding that learns is fitted to: the output of the whole ``network``, or of each ``block`` in turn. ``temporal = "tiar"`` fits the
+    rounding of the time embedding's layers to what they give at the sampler's steps.
     """
 
     name: str
@@ -58,6 +63,9 @@ class Recipe:
     rank: int = 0
     stages: int = 1
     dynamic: str = ""
+    effective_bits: float = 0.0
+    reconstruct: str = "network"
+    temporal: str = ""
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
@@ -121,10 +129,13 @@ def load_recipe(name: str | Recipe) -> Recipe:
     if isinstance(name, Recipe):
         return name
     recipe = _check(_load(Recipe, "recipes", name), weights=tuple(BITS), activations=_FORMATS, ranges=RANGES, group=GROUPS)
-    _check(recipe, dynamic=DYNAMIC)
+    _check(recipe, dynamic=DYNAMIC, reconstruct=RECONSTRUCT, temporal=TEMPORAL)
     _check_together(recipe)
     _check_dynamic(recipe)
     _check_floats(recipe)
+    _check_modelopt(recipe)
+    if recipe.reconstruct == "block":
+        _check_fields(recipe, "a reconstruction of blocks, which is a way to learn", {"rounding": ("adaround", "straight-through")})
     if recipe.preset:
         recipe = with_preset(recipe, recipe.preset)
     for folder in ("balance", "rounding"):
@@ -190,6 +201,24 @@ def _check_floats(recipe: Recipe) -> None:
         allowed = {"weights": family, "activations": (*family, "float"), "rounding": ("nearest",), "group": (0,), "rank": (0,)}
         allowed |= {"ranges": ("max",)} if "nvfp4" in used else {"ranges": ("max", "mse"), "stages": (1,)}
     _check_fields(recipe, f"{' and '.join(sorted(used))} beside what is for integers or for other formats", allowed)
+
+
+def _check_modelopt(recipe: Recipe) -> None:
+    if recipe.balance == "modelopt-smoothquant":
+        _check_fields(recipe, "ModelOpt's SmoothQuant, which is for int8 alone", {"weights": ("int8",), "activations": ("int8",)})
+    if recipe.balance.startswith("modelopt"):
+        _check_fields(recipe, "ModelOpt's balance, of integers", {"weights": ("int8", "int4"), "activations": ("int8", "int4", "float")})
+    if recipe.balance == "modelopt-svdquant" and (not recipe.rank or BITS[recipe.weights] == 8):
+        raise ArgumentError(
+            f"'{recipe.name}' asks for ModelOpt's SVDQuant, which is a branch of low rank beside weights of few bits",
+            got=f"rank = {recipe.rank}, weights = {recipe.weights!r}",
+            do='Set rank = 32 and weights = "int4", or balance = "modelopt-awq".',
+        )
+    bits, least = recipe.effective_bits, BITS[recipe.weights]
+    if bits and not (isinstance(bits, (int, float)) and not isinstance(bits, bool) and least <= bits <= 16):
+        raise ArgumentError(f"'{recipe.name}' asks for a mean of bits that cannot be", got=repr(bits), allowed=f"0, or {least}..16")
+    if bits:
+        _check_fields(recipe, "a choice of formats by ModelOpt, of integers", {"weights": ("int8", "int4")})
 
 
 def _check_fields(recipe: Recipe, what: str, allowed: Mapping[str, tuple[object, ...]]) -> None:
