@@ -11,7 +11,8 @@ from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.samplers import Denoise
-from edgediffusion.runtimes.schedules import Point, Points, alpha_bars, require_kind, variance_preserving
+from edgediffusion.runtimes.schedules import Point, Points, alpha_bars, check_timesteps, levels, require_kind, variance_preserving
+from edgediffusion.runtimes.spacings import EVEN
 
 ORDER = 0.0
 KIND = "diffusion"
@@ -21,15 +22,22 @@ SIGMA_DATA = 0.5
 
 
 def points(schedule: NoiseSchedule, steps: int) -> Points:
-    """Evenly picked from the timesteps of the distillation's solver, from the noisiest down."""
     require_kind(schedule, "lcm", is_flow=False)
+    bars = alpha_bars(schedule)
+    return Points.chain(tuple(variance_preserving(bars, int(t)) for t in solver_timesteps(schedule, steps, "lcm")))
+
+
+def solver_timesteps(schedule: NoiseSchedule, steps: int, sampler: str) -> np.ndarray:
+    """Evenly picked from the timesteps of the distillation's solver, from the noisiest down; or those of a spacing that is
+    no even one, rounded: a list of timesteps, say."""
+    if schedule.spacing not in EVEN:
+        return check_timesteps(np.round(levels(schedule, steps)[1]), schedule.train_steps)
     solver = min(SOLVER_STEPS, schedule.train_steps)
     if not 1 <= steps <= solver:
-        raise ArgumentError("The number of steps of the sampler 'lcm' cannot be used", got=steps, allowed=f"1 to {solver}")
+        raise ArgumentError(f"The number of steps of the sampler '{sampler}' cannot be used", got=steps, allowed=f"1 to {solver}")
     known = np.arange(solver, 0, -1) * (schedule.train_steps // solver) - 1
-    picked = known[np.floor(np.linspace(0, solver, steps, endpoint=False)).astype(int)]
-    bars = alpha_bars(schedule)
-    return Points.chain(tuple(variance_preserving(bars, int(t)) for t in picked))
+    picked: np.ndarray = known[np.floor(np.linspace(0, solver, steps, endpoint=False)).astype(int)]
+    return picked
 
 
 def boundary(timestep: float) -> tuple[float, float]:
