@@ -101,7 +101,8 @@ class Sampling:
 
     ``prediction`` is what ``denoise`` returns; ``guidance_width`` the length of the embedding of w for embedded
     guidance; a picture of H x W pixels has latents of H / downsampling; sizes are multiples of ``size_multiple``;
-    ``decode`` takes latents / latent_scale + latent_shift. ``folded`` is there if the denoiser takes some time steps only.
+    ``decode`` takes latents / latent_scale + latent_shift. ``folded`` is there if the denoiser takes some time steps only,
+    ``classes`` if it takes ``class_labels``: labels are below it, and it is the label of no class.
     """
 
     prediction: str
@@ -120,6 +121,7 @@ class Sampling:
     guidance_scale: float
     guidance_width: int = 0
     folded: Folded | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,8 @@ def component_facts(component: Component) -> dict[str, Any]:
 
 
 def sampling_facts(sampling: Sampling) -> dict[str, Any]:
-    """The facts as the manifest has them: ``folded`` only where there is something to say, as before it was known."""
-    return {key: value for key, value in asdict(sampling).items() if key != "folded" or value is not None}
+    """The facts as the manifest has them: ``folded`` and ``classes`` only where there is something to say, as before they were known."""
+    return {key: value for key, value in asdict(sampling).items() if key not in ("folded", "classes") or value is not None}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -348,6 +350,9 @@ def _sampling(content: Mapping[str, Any]) -> Sampling:
     for key, allowed in (("prediction", PREDICTIONS), ("guidance", GUIDANCE)):
         if content[key] not in allowed:
             raise TypeError(f"{key} '{content[key]}' is none of {', '.join(allowed)}")
+    classes = content.get("classes")
+    if classes is not None and not (isinstance(classes, int) and classes > 0):
+        raise TypeError(f"classes {classes} is no number of classes")
     folded = content.get("folded")
     return _record(Sampling, {**content, "schedule": _record(NoiseSchedule, content["schedule"]), "folded": folded and _folded(folded)})
 
