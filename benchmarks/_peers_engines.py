@@ -11,7 +11,7 @@ import numpy as np
 
 from edgediffusion.bundle import Component
 from edgediffusion.optimize.graph_file import load_graph
-from edgediffusion.runtimes.engines import onnxruntime, resolve
+from edgediffusion.runtimes.engines import NOT_SHARED, onnxruntime, resolve
 
 
 def plain_graph(model: Path, output: Path) -> None:
@@ -56,7 +56,7 @@ class _OpenVino:
         self.inputs: Any = ()
         self.outputs: Any = ()
 
-    def bind(self, axes: Mapping[str, int]) -> _OpenVinoBinding:
+    def bind(self, axes: Mapping[str, int], shared: Mapping[str, np.ndarray] = NOT_SHARED) -> _OpenVinoBinding:
         import openvino
 
         core = openvino.Core()

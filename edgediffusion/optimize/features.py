@@ -31,7 +31,7 @@ from edgediffusion.files import link_or_copy
 from edgediffusion.optimize.calibration import Features
 from edgediffusion.optimize.collect import check_finite
 from edgediffusion.registry import find
-from edgediffusion.runtimes.engines import Binding, Session
+from edgediffusion.runtimes.engines import NOT_SHARED, Binding, Session
 from edgediffusion.runtimes.graph import open_graphs
 from edgediffusion.runtimes.pipeline import Pipeline
 
@@ -208,8 +208,8 @@ class _TappedSession:
         self.inputs: tuple[TensorSpec, ...] = session.inputs
         self.outputs: tuple[TensorSpec, ...] = tuple(spec for spec in session.outputs if spec.name != OUTPUT)
 
-    def bind(self, axes: Mapping[str, int]) -> Binding:
-        self._binding = self._session.bind(axes)
+    def bind(self, axes: Mapping[str, int], shared: Mapping[str, np.ndarray] = NOT_SHARED) -> Binding:
+        self._binding = self._session.bind(axes, shared)
         return _WithoutFeatures(self._binding)
 
     @property

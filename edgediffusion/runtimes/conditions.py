@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from edgediffusion.bundle import Sampling
 from edgediffusion.errors import BundleError
 from edgediffusion.runtimes.denoiser import guidance_embedding
-from edgediffusion.runtimes.graph import Graph
 from edgediffusion.runtimes.request import Plan
 from edgediffusion.runtimes.text_encoder import TextEncoder
 
@@ -23,10 +22,11 @@ class Conditions:
         BundleError: an input of the denoiser is given by no encoder, or by two.
     """
 
-    def __init__(self, sampling: Sampling, denoiser: Graph, encoders: Sequence[TextEncoder]):
+    def __init__(self, sampling: Sampling, denoiser: str, inputs: Iterable[str], encoders: Sequence[TextEncoder]):
+        """``denoiser`` is the name of the graph, for a person, and ``inputs`` all that the denoising graphs take."""
         self._sampling, self._encoders = sampling, tuple(encoders)
-        self._wanted = {spec.name for spec in denoiser.session.inputs}
-        self._check(denoiser.name)
+        self._wanted = set(inputs)
+        self._check(denoiser)
 
     def __call__(self, plan: Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """What is fed with every call, one row per image, or two with the unconditional ones first; and warnings."""

@@ -1,4 +1,4 @@
-"""The network in the loop: feeds it, applies guidance, and turns what it predicts into an estimate of x_0."""
+"""The network in the loop: asks it, applies guidance, and turns what it predicts into an estimate of x_0."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from edgediffusion.bundle import Folded
 from edgediffusion.errors import ArgumentError
-from edgediffusion.runtimes.engines import Binding
 from edgediffusion.runtimes.guidance import DynamicThreshold, Guidance
+from edgediffusion.runtimes.network import Call, Network
 from edgediffusion.runtimes.schedules import Point, Points
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ class Denoiser:
 
     ``conditions`` are fed with every call, each [rows, ...]. With classifier-free ``guidance`` a call has two rows per
     image, the unconditional ones first as in diffusers; ``conditional`` is a denoiser of the second half of the rows, for
-    the points where guidance is off. ``observe`` gets the number of the step and a copy of each array fed. ``corrector``
-    changes the guided prediction before it becomes an estimate of x_0, ``threshold`` that estimate. ``later`` are bindings
-    that take over below a time step each, from high ones to low.
+    the points where guidance is off. ``observe`` gets the number of the step and a copy of each array fed, of each step
+    whose call is not answered from a cache in part. ``corrector`` changes the guided prediction before it becomes an estimate
+    of x_0, ``threshold`` that estimate. ``aside`` makes a network for questions that are no step of the trajectory.
     """
 
-    binding: Binding
+    network: Network
+    aside: Callable[[], Network]
     prediction: str
     points: Points
     conditions: Mapping[str, np.ndarray]
@@ -41,15 +42,11 @@ class Denoiser:
     threshold: DynamicThreshold | None = None
     observe: Observe | None = None
     corrector: Corrector | None = None
-    later: tuple[tuple[float, Binding], ...] = ()
 
     def __call__(self, x: np.ndarray, i: int) -> np.ndarray:
         point = self.points.at[i]
         rows = self._at(point)
-        binding = rows._fed(x, point.timestep)
-        if self.observe is not None:
-            self.observe(i, {name: array.copy() for name, array in binding.inputs.items()})
-        output = rows._run(binding, point)
+        output = rows._guided(rows.network(Call(i, x, point.timestep, rows.conditions, self._observer(i))), point)
         if self.corrector is not None:
             self.corrector.prediction(output, x, i)
         x0 = to_x0(self.prediction, x, output, point)
@@ -58,7 +55,7 @@ class Denoiser:
     def predict(self, x: np.ndarray, at: Point) -> np.ndarray:
         """The guided prediction itself, uncorrected, for x [images, ...] at any point; a new array."""
         rows = self._at(at)
-        return rows._run(rows._fed(x, at.timestep), at)
+        return rows._guided(rows.aside()(Call(0, x, at.timestep, rows.conditions)), at)
 
     def _at(self, point: Point) -> Denoiser:
         """The denoiser to ask at a point: half the rows where guidance is off, if the graphs take so few."""
@@ -66,23 +63,12 @@ class Denoiser:
             return self
         return self.conditional
 
-    def _run(self, binding: Binding, at: Point) -> np.ndarray:
-        binding.run()
-        (output,) = binding.outputs.values()
-        return self._guided(output.astype(np.float32), at)
+    def _observer(self, i: int) -> Callable[[Mapping[str, np.ndarray]], None] | None:
+        observe = self.observe
+        return None if observe is None else lambda fed: observe(i, {name: array.copy() for name, array in fed.items()})
 
-    def _fed(self, x: np.ndarray, timestep: float) -> Binding:
-        """The binding for a time step, with its inputs written."""
-        binding = next((later for below, later in reversed(self.later) if timestep < below), self.binding)
-        # The conditions are written each time, although they do not change: another loop may use the same buffers.
-        inputs = binding.inputs
-        for name, rows in self.conditions.items():
-            inputs[name][...] = rows
-        inputs["timestep"][...] = round(timestep) if inputs["timestep"].dtype.kind in "iu" else timestep
-        inputs["sample"].reshape(-1, *x.shape)[...] = x
-        return binding
-
-    def _guided(self, output: np.ndarray, at: Point) -> np.ndarray:
+    def _guided(self, rows: np.ndarray, at: Point) -> np.ndarray:
+        output = rows.astype(np.float32)  # a copy: the network will write there again
         if self.guidance is None:
             return output
         return self.guidance(output) if self.guidance.is_on(at) else np.split(output, 2)[1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from edgediffusion.bundle import Bundle, Component, TensorSpec
-from edgediffusion.errors import ArgumentError, BundleError
+from edgediffusion.errors import ArgumentError, BundleError, EngineError
 from edgediffusion.registry import find
 from edgediffusion.runtimes import engine_manifest
 from edgediffusion.runtimes.engines import Binding, Session
@@ -43,6 +45,16 @@ class Graph:
             self._bindings[key] = self.session.bind(dict(key))
         return self._bindings[key]
 
+    def join(self, shapes: Mapping[str, Sequence[int | str]], shared: Mapping[str, np.ndarray]) -> Binding:
+        """New buffers, as ``bind`` makes them, except for the tensors that have an array in ``shared``.
+
+        Raises:
+            As ``bind`` does, where shapes and shared arrays do not agree.
+        """
+        known = {spec.name for spec in (*self.session.inputs, *self.session.outputs)}
+        axes = self._axes({**shapes, **{name: array.shape for name, array in shared.items() if name in known}})
+        return self.session.bind(axes, shared)
+
     def _axes(self, shapes: Mapping[str, Sequence[int | str]]) -> dict[str, int]:
         axes: dict[str, int] = {}
         for spec in (*self.session.inputs, *self.session.outputs):
@@ -61,13 +73,32 @@ class Graph:
         return axes
 
 
+def require_finite(array: np.ndarray, name: str, when: str = "") -> None:
+    """Refuse what a graph returned if any number of it is not finite.
+
+    Raises:
+        EngineError: names the graph, and ``when`` it was run.
+    """
+    if not np.isfinite(array).all():
+        lost = np.count_nonzero(~np.isfinite(array))
+        raise EngineError(
+            f"The graph '{name}' returned numbers that are not finite{when}",
+            got=f"{lost} of {array.size}",
+            do="Run it in float32, or calibrate and quantize it again; a checkpoint that overflows in float16 does this too.",
+        )
+
+
 def open_graphs(bundle: Bundle, roles: Sequence[str], *, target: str | None, threads: int | None) -> tuple[Graph, ...]:
-    """Load the components that have one of the roles: built engines, or the ONNX files by ONNX Runtime.
+    """Load the components that have one of the roles, see ``open_components``."""
+    return open_components(bundle, [c for c in bundle.components if c.role in roles], target=target, threads=threads)
+
+
+def open_components(bundle: Bundle, components: Sequence[Component], *, target: str | None, threads: int | None) -> tuple[Graph, ...]:
+    """Load components of a bundle: built engines, or the ONNX files by ONNX Runtime.
 
     Raises:
         EngineError, BundleError, ArgumentError: see ``engine_manifest``.
     """
-    components = [c for c in bundle.components if c.role in roles]
     chosen = engine_manifest.choose(bundle, target)
     if chosen == engine_manifest.ONNX:
         engine = find("runtimes.engines", "onnxruntime")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgediffusion.bundle import Bundle, Sampling
+from edgediffusion.bundle import Bundle, Component, Sampling
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
+from edgediffusion.runtimes import caching
 from edgediffusion.runtimes import noise as noises
 from edgediffusion.runtimes.autoencoder import Autoencoder
 from edgediffusion.runtimes.conditions import Conditions
@@ -19,48 +21,64 @@ from edgediffusion.runtimes.corrections import Corrector, Deployment, Run, Start
 from edgediffusion.runtimes.corrections._file import Correction, graph_digest, resolve
 from edgediffusion.runtimes.denoiser import Denoiser, Observe
 from edgediffusion.runtimes.engines import Session
-from edgediffusion.runtimes.graph import Graph, open_graphs
+from edgediffusion.runtimes.graph import Graph, open_components
 from edgediffusion.runtimes.guidance import Guidance
 from edgediffusion.runtimes.loop import Loop, Result, Step, Timings, since
+from edgediffusion.runtimes.network import Graphs, Policy
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
 from edgediffusion.runtimes.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ROLES = ("encode", "denoise", "decode")
+ROLES = ("encode", "decode")  # always loaded; of the denoising graphs those that the caching policy runs
 _OTHER_STREAM = 1 << 63  # added to a seed: the noise of a correction is none that a picture starts from
 
 
 class Pipeline:
     """Text to image with the graphs of a bundle. Not for several threads at once: they would share buffers."""
 
-    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session]):
-        """``sessions`` by component name; components without one are not used."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        sessions: Mapping[str, Session],
+        *,
+        cache: str | Policy | None = None,
+        load: Callable[[Sequence[Component]], Sequence[Graph]] | None = None,
+    ):
+        """``sessions`` by component name. Components without one are not used, or opened by ``load`` when they are needed."""
         graphs = [Graph(c, sessions[c.name]) for c in bundle.components if c.name in sessions]
         self.bundle = bundle
         self.sampling = _sampling(bundle)
-        self._denoise, self._later = _denoisers(bundle, graphs)
+        self._policy = caching.resolve(cache)
+        self._graphs = Graphs(bundle, graphs, load or _refuse_to_load)
+        self._denoise = self._graphs.of(self._policy)[0]
         self._autoencoder = Autoencoder(self.sampling, _only(bundle, graphs, "decode") if bundle.with_role("decode") else None)
         encoders = [TextEncoder(g, bundle.path) for g in graphs if g.component.role == "encode"]
-        self._conditions = Conditions(self.sampling, self._denoise, encoders)
+        self._conditions = Conditions(self.sampling, self._denoise.name, self._graphs.inputs(self._policy), encoders)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle | str | Path, *, target: str | None = None, threads: int | None = None) -> Pipeline:
+    def from_bundle(
+        cls, bundle: Bundle | str | Path, *, target: str | None = None, threads: int | None = None, cache: str | Policy | None = None
+    ) -> Pipeline:
         """Load what drawing needs.
 
         ``target`` names the engines to run, ``onnx`` the ONNX files. By default that is the only target that engines
-        were built for, or the ONNX files where none were. ``threads`` is by default all cores this process may use.
+        were built for, or the ONNX files where none were. ``threads`` is by default all cores this process may use. ``cache``
+        is a policy of ``runtimes.caching`` for requests that name none; what another one needs is loaded when it is asked for.
 
         Raises:
-            BundleError: no bundle, or not one that can draw. EngineError: engines that do not fit this machine.
-            ArgumentError: no engines for that target. MissingExtra: a library is not installed.
+            BundleError: no bundle, not one that can draw, or without the cut that the policy needs.
+            EngineError: engines that do not fit this machine. ArgumentError: no engines for that target.
+            MissingExtra: a library is not installed.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         _sampling(bundle)  # refused before minutes of loading
-        graphs = open_graphs(bundle, ROLES, target=target, threads=threads)
-        return cls(bundle, {graph.name: graph.session for graph in graphs})
+        load = partial(open_components, bundle, target=target, threads=threads)
+        policy = caching.resolve(cache)
+        graphs = load([*(c for c in bundle.components if c.role in ROLES), *policy.components(bundle)])
+        return cls(bundle, {graph.name: graph.session for graph in graphs}, cache=policy, load=load)
 
     def __call__(
         self,
@@ -163,8 +181,8 @@ class Pipeline:
         """A denoiser without guidance."""
         shapes = {name: rows_of.shape for name, rows_of in conditions.items()}
         shapes["sample"] = (rows, *plan.latent_shape[1:])
-        later = tuple((below, graph.bind(shapes)) for below, graph in self._later)
-        return Denoiser(self._denoise.bind(shapes), self.sampling.prediction, plan.points, conditions, later=later)
+        network = partial(self._graphs.network, plan.cache or self._policy, shapes, len(plan.points))
+        return Denoiser(network(), partial(network, aside=True), self.sampling.prediction, plan.points, conditions)
 
     def _run(self, request: Request, plan: Plan, denoiser: Denoiser) -> Run:
         seeds = request.seed + _OTHER_STREAM if isinstance(request.seed, int) else [seed + _OTHER_STREAM for seed in request.seed]
@@ -200,14 +218,8 @@ def _only(bundle: Bundle, graphs: Sequence[Graph], role: str) -> Graph:
     return found[0]
 
 
-def _denoisers(bundle: Bundle, graphs: Sequence[Graph]) -> tuple[Graph, tuple[tuple[float, Graph], ...]]:
-    """The denoiser, and those that take over below a time step, from high ones to low."""
-    found = [graph for graph in graphs if graph.component.role == "denoise"]
-    first = [graph for graph in found if graph.component.below is None]
-    if len(first) != 1:
-        raise BundleError("A pipeline runs one 'denoise' graph from the first step on", got=f"{len(first)} in '{bundle.path}'")
-    later = [(graph.component.below, graph) for graph in found if graph.component.below is not None]
-    return first[0], tuple(sorted(later, key=lambda entry: -entry[0]))
+def _refuse_to_load(components: Sequence[Component]) -> Sequence[Graph]:
+    raise BundleError("The pipeline was made without some graphs that it needs", got=", ".join(c.name for c in components))
 
 
 def _first_noise(request: Request, plan: Plan, noise: noises.Noise) -> np.ndarray:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from edgediffusion.bundle import NoiseSchedule, Sampling
-from edgediffusion.errors import ArgumentError
+from edgediffusion.errors import ArgumentError, UnknownName
+from edgediffusion.runtimes import caching, subject
 from edgediffusion.runtimes.denoiser import check_folded, check_predictable
 from edgediffusion.runtimes.guidance import DynamicThreshold, Guidance, dynamic_threshold, guidance
+from edgediffusion.runtimes.network import Policy
+from edgediffusion.runtimes.painting import Painting, painting
 from edgediffusion.runtimes.samplers import Sampler, resolve
 from edgediffusion.runtimes.schedules import Points, respaced
+
+GUIDANCE_BATCHES = ("joint", "separate")
 
 
 class Options(TypedDict, total=False):
     """The optional fields of ``Request``, for the type checker."""
 
     negative_prompt: str | Sequence[str]
+    prompt_weights: bool
+    class_labels: int | Sequence[int] | None
+    image: Any
+    mask_image: Any
+    strength: float | None
     num_inference_steps: int | None
+    timesteps: Sequence[float] | None
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: Sequence[float] | None
@@ -33,6 +44,9 @@ class Options(TypedDict, total=False):
     num_images: int
     latents: np.ndarray | None
     noise: str
+    cache: str | Policy | None
+    tile: int | None
+    guidance_batch: str
 
 
 @dataclass(frozen=True)
@@ -42,13 +56,27 @@ class Request:
     A single ``seed`` is one stream of noise for all images, as with one generator in diffusers; a list has one per
     image. ``num_images`` is per prompt. ``latents`` replace the first noise: float [images, channels, height, width].
     ``sampler`` and ``spacing`` are names of their registries, with options where they have some (``ddim:eta=0.5``).
+    ``timesteps`` lists training timesteps instead, one a step; of a flow sigma times ``train_steps``.
     ``noise`` is a flavour of ``runtimes.noise``. Classifier-free guidance is on between the two noise levels, sigma / alpha,
     of ``guidance_interval``; ``dynamic_threshold`` is a quantile and, if wanted, the largest s: see ``runtimes.guidance``.
+    ``cache`` is a policy of ``runtimes.caching``, by name with options or itself; ``none`` for none at all.
+
+    A network without text needs no ``prompt``; ``class_labels`` are for one that takes them, an int for all images, or one per
+    prompt. ``prompt_weights`` reads brackets as weights, see ``runtimes.prompt_weights``. ``image`` and ``mask_image`` are one
+    picture for all prompts or one per prompt, see ``runtimes.images`` and ``runtimes.painting``; the size is then the picture's,
+    unless ``height`` and ``width`` say otherwise. ``tile`` is the side in pixels of what the autoencoder sees at a time.
+    ``guidance_batch`` is ``joint``, both rows of classifier-free guidance in one call, or ``separate``, which takes half the memory.
     """
 
-    prompt: str | Sequence[str]
+    prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] = ""
+    prompt_weights: bool = False
+    class_labels: int | Sequence[int] | None = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
     num_inference_steps: int | None = None
+    timesteps: Sequence[float] | None = None
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: Sequence[float] | None = None
@@ -61,11 +89,16 @@ class Request:
     num_images: int = 1
     latents: np.ndarray | None = None
     noise: str = "torch"
+    cache: str | Policy | None = None
+    tile: int | None = None
+    guidance_batch: str = "joint"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry of ``prompts`` and ``negatives`` per image; ``latent_shape`` is [images, channels, height, width].
+    """One entry of ``prompts``, ``negatives`` and ``labels`` per image; ``latent_shape`` is [images, channels, height, width].
+
+    ``labels`` are empty where none were given.
 
     ``points`` has an entry for each call of the network, of which some samplers make several a step. ``spacing`` is empty where
     it is the bundle's own.
@@ -73,6 +106,8 @@ class Plan:
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
+    labels: tuple[int, ...]
+    painting: Painting | None
     latent_shape: tuple[int, int, int, int]
     sampler_name: str
     sampler: Sampler
@@ -83,6 +118,7 @@ class Plan:
     classifier_free: bool
     guidance: Guidance
     threshold: DynamicThreshold | None
+    cache: Policy | None
     warnings: tuple[str, ...]
 
     @property
@@ -98,17 +134,25 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         does not have. UnknownName: no such sampler or spacing.
     """
     name, sampler = resolve(request.sampler or sampling.sampler)
-    steps = sampling.steps if request.num_inference_steps is None else request.num_inference_steps
-    schedule = respaced(sampling.schedule, request.spacing)
-    points = sampler.points(schedule, steps)
+    steps, spacing = _steps(request, sampling)
+    schedule = respaced(sampling.schedule, spacing)
+    walk = sampler.points(schedule, steps)
+    _refuse_other_timesteps(request, walk, name)
+    painted = painting(request.image, request.mask_image, request.strength)
+    points = walk if painted is None else painted.points(walk, steps, name, is_flow=schedule.kind == "flow")
     check_predictable(sampling.prediction, points, name)
     check_folded(sampling.folded, points, steps, name)
     scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    prompts, negatives = _texts(request)
+    prompts, negatives = subject.texts(request)
+    height, width = subject.size(request, sampling, painted)
+    subject.check_tile(request.tile, sampling)
+    _check_guidance_batch(request.guidance_batch)
     return Plan(
         prompts=prompts,
         negatives=negatives,
-        latent_shape=(len(prompts), sampling.latent_channels, *_latent_size(request, sampling)),
+        labels=subject.labels(request, sampling, len(prompts)),
+        painting=painted,
+        latent_shape=(len(prompts), sampling.latent_channels, height // sampling.downsampling, width // sampling.downsampling),
         sampler_name=name,
         sampler=sampler,
         points=points,
@@ -118,43 +162,37 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         classifier_free=sampling.guidance == "classifier-free" and scale > 1,
         guidance=guidance(scale, rescale=request.guidance_rescale, interval=request.guidance_interval),
         threshold=None if request.dynamic_threshold is None else dynamic_threshold(request.dynamic_threshold),
-        warnings=(*_warnings(request, sampling, scale), *_unspaced(sampler, sampling, schedule, points, steps)),
+        cache=None if request.cache is None else caching.resolve(request.cache),
+        warnings=(
+            *_warnings(request, sampling, scale),
+            *_unspaced(sampler, sampling, schedule, walk, steps),
+            *_repainted(request, painted, (height, width)),
+        ),
     )
 
 
-def _texts(request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Prompt and negative prompt of each image: all images of the first prompt, then those of the second, and so on."""
-    prompts = (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
-    if not prompts:
-        raise ArgumentError("The list of prompts is empty", do="Give at least one; it may be an empty text.")
-    if request.num_images < 1:
-        raise ArgumentError("The number of images per prompt cannot be used", got=request.num_images, allowed="1 and more")
-    negatives = (request.negative_prompt,) * len(prompts) if isinstance(request.negative_prompt, str) else tuple(request.negative_prompt)
-    if len(negatives) != len(prompts):
-        raise ArgumentError("A list of negative prompts has one per prompt", got=f"{len(negatives)} for {len(prompts)} prompts")
-    each = range(request.num_images)
-    return tuple(p for p in prompts for _ in each), tuple(n for n in negatives for _ in each)
+def _steps(request: Request, sampling: Sampling) -> tuple[int, str | None]:
+    """The number of steps and the spacing that are asked for; a list of timesteps is a spacing."""
+    if request.timesteps is None:
+        return sampling.steps if request.num_inference_steps is None else request.num_inference_steps, request.spacing
+    if request.spacing is not None:
+        raise ArgumentError(
+            "A picture is drawn either with a spacing or at listed timesteps", got=f"spacing {request.spacing} and timesteps"
+        )
+    if not len(request.timesteps):
+        raise ArgumentError("The list of timesteps is empty", do="Give one for each step, from the largest down.")
+    is_flow = sampling.schedule.kind == "flow"
+    listed = [float(t) / sampling.schedule.train_steps if is_flow else float(t) for t in request.timesteps]
+    steps = len(listed) if request.num_inference_steps is None else request.num_inference_steps
+    return steps, f"{'sigmas' if is_flow else 'timesteps'}:at={'/'.join(map(repr, listed))}"
 
 
-def _latent_size(request: Request, sampling: Sampling) -> tuple[int, int]:
-    height, width = (own if asked is None else asked for asked, own in ((request.height, sampling.height), (request.width, sampling.width)))
-    if sampling.fixed_size and (height, width) != (sampling.height, sampling.width):
-        raise ArgumentError(
-            "This network draws one size only",
-            got=f"{height} x {width} (height x width)",
-            allowed=f"{sampling.height} x {sampling.width}",
-            do="Leave the size out, or export with dynamic sizes where the network can do them.",
-        )
-    multiple = sampling.size_multiple
-    if height < multiple or width < multiple or height % multiple or width % multiple:
-        near = " x ".join(str(max(multiple, round(size / multiple) * multiple)) for size in (height, width))
-        raise ArgumentError(
-            "The size of the picture cannot be used",
-            got=f"{height} x {width} (height x width)",
-            allowed=f"multiples of {multiple}",
-            do=f"The nearest is {near}.",
-        )
-    return height // sampling.downsampling, width // sampling.downsampling
+def _refuse_other_timesteps(request: Request, points: Points, sampler: str) -> None:
+    """Some samplers have timesteps of their own; others may round those that are listed."""
+    called = [point.timestep for point in points.at]
+    lacking = [t for t in request.timesteps or () if min(abs(t - other) for other in called) > 1]
+    if lacking:
+        raise ArgumentError(f"The sampler '{sampler}' has timesteps of its own, and calls the network at none near {lacking[0]:g}")
 
 
 def _warnings(request: Request, sampling: Sampling, scale: float) -> tuple[str, ...]:
@@ -173,6 +211,25 @@ def _warnings(request: Request, sampling: Sampling, scale: float) -> tuple[str, 
 
 def _unspaced(sampler: Sampler, sampling: Sampling, asked: NoiseSchedule, points: Points, steps: int) -> tuple[str, ...]:
     """Some samplers have timesteps of their own, whatever the spacing."""
-    if asked == sampling.schedule or points != sampler.points(sampling.schedule, steps):
+    if (
+        asked == sampling.schedule
+        or asked.spacing.startswith(("timesteps", "sigmas"))
+        or points != sampler.points(sampling.schedule, steps)
+    ):
         return ()
     return (f"spacing {asked.spacing} has no effect: the sampler calls the network at the same points without it.",)
+
+
+def _repainted(request: Request, painted: Painting | None, size: tuple[int, int]) -> tuple[str, ...]:
+    """What happens to pictures that are painted over, or does not for lack of one."""
+    if painted is None:
+        return ("strength has no effect: it needs a picture to start from.",) if request.strength is not None else ()
+    if painted.size == size:
+        return ()
+    before, after = (f"{height} x {width}" for height, width in (painted.size, size))
+    return (f"The picture of {before} was resized to {after} (height x width).",)
+
+
+def _check_guidance_batch(name: str) -> None:
+    if name not in GUIDANCE_BATCHES:
+        raise UnknownName("way to batch guidance", name, GUIDANCE_BATCHES)

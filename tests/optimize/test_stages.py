@@ -79,16 +79,16 @@ def test_the_graphs_share_their_weights(bundle):
 def test_each_graph_is_called_at_its_own_time_steps(bundle, exported, state):
     pipeline = Pipeline.from_bundle(bundle)
     called = []
-    for name, graph in (("first", pipeline._denoise), ("second", pipeline._later[0][1])):
-        bind = graph.bind
+    for name, graph in zip(("first", "second"), pipeline._graphs.of(pipeline._policy), strict=True):
+        join = graph.join
 
-        def watched(shapes, bind=bind, name=name):
-            binding = bind(shapes)
+        def watched(shapes, shared, join=join, name=name):
+            binding = join(shapes, shared)
             run = binding.run
             binding.run = lambda: (called.append(name), run())
             return binding
 
-        graph.bind = watched
+        graph.join = watched
     drawn = pipeline("a photo of a bag", num_inference_steps=STEPS, seed=3).pixels
     assert called == ["first", "first", "second", "second"]
     expected = Pipeline.from_bundle(exported)("a photo of a bag", num_inference_steps=STEPS, seed=3).pixels

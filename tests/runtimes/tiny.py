@@ -13,7 +13,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from edgediffusion import bundle as bundles
 from edgediffusion.bundle import Bundle, Component, NoiseSchedule, Sampling, TensorSpec, Tokenizer
-from edgediffusion.runtimes.engines import resolve
+from edgediffusion.runtimes.engines import NOT_SHARED, allocate
 
 TOKENS, WIDTH = 8, 6
 WORDS = ("a", "red", "blue", "shirt", "shoe", "of", "cat", "dog", "photo", "very", "big")
@@ -147,7 +147,7 @@ def write_bundle(
     return Bundle.open(folder)
 
 
-Function = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+Function = Callable[[Mapping[str, np.ndarray]], np.ndarray | Mapping[str, np.ndarray]]  # the only output, or all by name
 
 
 @dataclass
@@ -159,8 +159,9 @@ class FakeBinding:
     def run(self) -> None:
         feeds = {name: array.copy() for name, array in self.inputs.items()}
         self.session.calls.append(feeds)
-        (output,) = self.outputs.values()
-        output[...] = self.session.function(feeds)
+        found = self.session.function(feeds)
+        for name, array in found.items() if isinstance(found, Mapping) else [(next(iter(self.outputs)), found)]:
+            self.outputs[name][...] = array
 
 
 @dataclass
@@ -179,9 +180,9 @@ class FakeSession:
     def of(cls, component: Component, function: Function) -> FakeSession:
         return cls(component.inputs, component.outputs, function)
 
-    def bind(self, axes: Mapping[str, int]) -> FakeBinding:
+    def bind(self, axes: Mapping[str, int], shared: Mapping[str, np.ndarray] = NOT_SHARED) -> FakeBinding:
         self.bound.append(dict(axes))
-        inputs, outputs = ({s.name: np.zeros(resolve(s, axes), s.dtype) for s in specs} for specs in (self.inputs, self.outputs))
+        inputs, outputs = (allocate(specs, axes, shared) for specs in (self.inputs, self.outputs))
         return FakeBinding(inputs, outputs, self)
 
 

@@ -14,14 +14,17 @@ A vendor library is imported inside functions only, so naming an engine never lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
 from edgediffusion.bundle import TensorSpec
 from edgediffusion.errors import EngineError
+
+NOT_SHARED: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Binding(Protocol):
@@ -42,8 +45,12 @@ class Session(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def bind(self, axes: Mapping[str, int]) -> Binding:
-        """Allocate buffers, every named axis at the size given. Axes that the session does not have are ignored."""
+    def bind(self, axes: Mapping[str, int], shared: Mapping[str, np.ndarray] = NOT_SHARED) -> Binding:
+        """Allocate buffers, every named axis at the size given. Axes that the session does not have are ignored.
+
+        A tensor whose name is in ``shared`` has that array for its buffer: what one graph writes there another reads, and
+        nothing is copied.
+        """
         ...
 
 
@@ -54,6 +61,29 @@ class NodeTime:
     name: str
     operator: str
     times_ms: tuple[float, ...]
+
+
+def allocate(specs: Sequence[TensorSpec], axes: Mapping[str, int], shared: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Buffers by name: the shared ones, and zeros for the others.
+
+    Raises:
+        EngineError: an axis has no size, or a shared array does not fit its tensor.
+    """
+    arrays = {}
+    for spec in specs:
+        array = shared.get(spec.name)
+        if array is not None and not _fits(array, spec):
+            raise EngineError(
+                f"The shared array '{spec.name}' does not fit", got=f"{array.dtype} {array.shape}", allowed=f"{spec.dtype} {spec.shape}"
+            )
+        arrays[spec.name] = np.zeros(resolve(spec, axes), spec.dtype) if array is None else array
+    return arrays
+
+
+def _fits(array: np.ndarray, spec: TensorSpec) -> bool:
+    if array.dtype != spec.dtype or array.ndim != len(spec.shape) or not array.flags.c_contiguous:
+        return False
+    return all(isinstance(size, str) or size == found for size, found in zip(spec.shape, array.shape, strict=True))
 
 
 def resolve(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:

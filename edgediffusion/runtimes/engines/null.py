@@ -13,7 +13,7 @@ import numpy as np
 
 from edgediffusion.bundle import TensorSpec
 from edgediffusion.errors import EngineError
-from edgediffusion.runtimes.engines import resolve
+from edgediffusion.runtimes.engines import NOT_SHARED, allocate
 
 suffix = ".null.json"
 
@@ -35,8 +35,8 @@ class NullSession:
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]):
         self.inputs, self.outputs = inputs, outputs
 
-    def bind(self, axes: Mapping[str, int]) -> NullBinding:
-        return NullBinding(*({s.name: np.zeros(resolve(s, axes), s.dtype) for s in specs} for specs in (self.inputs, self.outputs)))
+    def bind(self, axes: Mapping[str, int], shared: Mapping[str, np.ndarray] = NOT_SHARED) -> NullBinding:
+        return NullBinding(*(allocate(specs, axes, shared) for specs in (self.inputs, self.outputs)))
 
 
 class NullBinding:

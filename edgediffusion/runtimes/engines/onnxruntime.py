@@ -19,7 +19,7 @@ import numpy as np
 from edgediffusion.bundle import TensorSpec
 from edgediffusion.errors import EngineError
 from edgediffusion.registry import require
-from edgediffusion.runtimes.engines import NodeTime, resolve
+from edgediffusion.runtimes.engines import NOT_SHARED, NodeTime, allocate
 
 suffix = ".optimized.onnx"
 
@@ -124,20 +124,19 @@ class OnnxRuntimeSession:
         self.inputs = tuple(_spec(argument) for argument in session.get_inputs())
         self.outputs = tuple(_spec(argument) for argument in session.get_outputs())
 
-    def bind(self, axes: Mapping[str, int]) -> OnnxRuntimeBinding:
+    def bind(self, axes: Mapping[str, int], shared: Mapping[str, np.ndarray] = NOT_SHARED) -> OnnxRuntimeBinding:
         """Buffers on the CPU. An output axis that ``axes`` lacks is found out by one run on zeros.
 
         Raises:
-            EngineError: ``axes`` lacks an axis of an input, or the graph cannot run at these sizes.
+            EngineError: ``axes`` lacks an axis of an input, the graph cannot run at these sizes, or a shared array does not fit.
         """
-        inputs = {spec.name: np.zeros(resolve(spec, axes), spec.dtype) for spec in self.inputs}
-        if all(isinstance(size, int) or size in axes for spec in self.outputs for size in spec.shape):
-            outputs = {spec.name: np.zeros(resolve(spec, axes), spec.dtype) for spec in self.outputs}
-        else:
+        inputs = allocate(self.inputs, axes, shared)
+        lacking = [s for s in self.outputs if s.name not in shared and not all(isinstance(n, int) or n in axes for n in s.shape)]
+        if lacking:
             with _mapped("ONNX Runtime could not run the graph"):
-                found = self._session.run([spec.name for spec in self.outputs], inputs)
-            outputs = {spec.name: np.zeros_like(array) for spec, array in zip(self.outputs, found, strict=True)}
-        return OnnxRuntimeBinding(self._session, inputs, outputs)
+                found = self._session.run([spec.name for spec in lacking], inputs)
+            shared = {**shared, **{spec.name: np.zeros_like(array) for spec, array in zip(lacking, found, strict=True)}}
+        return OnnxRuntimeBinding(self._session, inputs, allocate(self.outputs, axes, shared))
 
 
 class OnnxRuntimeBinding:

@@ -1,0 +1,152 @@
+"""The network's graphs at run time: which are loaded, the buffers that they share, and one call of the whole.
+
+A denoiser asks a ``Network`` and does not know how many graphs answer. Which ones do is up to a caching policy
+(``runtimes/caching``), of which ``none`` runs the whole network at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edgediffusion.bundle import Bundle, Component
+from edgediffusion.errors import BundleError
+from edgediffusion.runtimes.engines import Binding
+from edgediffusion.runtimes.graph import Graph
+
+PREDICTION = "out_sample"  # what every family's graphs call their prediction
+
+Inputs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the network: the ``number``-th of a generation, from 0.
+
+    ``sample`` is float32 [images, ...]; ``conditions`` have [rows, ...] each, where rows are a multiple of images.
+    ``observe`` is given what the graphs are fed when the whole network runs for this call; it has to copy what it keeps.
+    """
+
+    number: int
+    sample: np.ndarray
+    timestep: float
+    conditions: Inputs
+    observe: Callable[[Inputs], None] | None = None
+
+
+Network = Callable[[Call], np.ndarray]  # -> [rows, ...], the prediction, to be read before the next call
+
+
+class Policy(Protocol):
+    """Which graphs a network runs, and when: see ``runtimes/caching``."""
+
+    def components(self, bundle: Bundle) -> tuple[Component, ...]:
+        """The components that it runs, each after those that it reads from.
+
+        Raises:
+            BundleError: the bundle lacks them.
+        """
+        ...
+
+    def start(self, graphs: Joined, calls: int) -> Network:
+        """The network for one picture of ``calls`` calls. What it remembers lives in it; it has nothing to reuse at first."""
+        ...
+
+
+class Joined:
+    """Graphs whose tensors of one name are one array: each is written once, by the loop or by one graph, and read by all."""
+
+    def __init__(self, graphs: Sequence[Graph], shapes: Mapping[str, Sequence[int | str]]):
+        """``shapes`` of what the loop feeds; sizes of the other tensors follow, each graph's after those before it.
+
+        Raises:
+            BundleError: a graph reads what neither the loop nor a graph before it gives.
+        """
+        self.components = tuple(graph.component for graph in graphs)
+        self.arrays: dict[str, np.ndarray] = {}
+        self._bindings: dict[str, Binding] = {}
+        for graph in graphs:
+            lacking = {spec.name for spec in graph.session.inputs} - {"timestep", *shapes} - set(self.arrays)
+            if lacking:
+                raise BundleError(f"Nothing gives what the graph '{graph.name}' takes", got=", ".join(sorted(lacking)))
+            binding = graph.join(shapes, self.arrays)
+            self.arrays.update({**binding.inputs, **binding.outputs})
+            self._bindings[graph.name] = binding
+
+    def feed(self, call: Call) -> None:
+        # The conditions are written each time, although they do not change: another loop may use the same buffers.
+        for name, rows in call.conditions.items():
+            self.arrays[name][...] = rows
+        timestep = self.arrays["timestep"]
+        timestep[...] = round(call.timestep) if timestep.dtype.kind in "iu" else call.timestep
+        self.arrays["sample"].reshape(-1, *call.sample.shape)[...] = call.sample
+
+    def observed(self, call: Call) -> None:
+        """Tell the call's observer what was fed."""
+        if call.observe is not None:
+            call.observe({name: self.arrays[name] for name in ("sample", "timestep", *call.conditions)})
+
+    def run(self, name: str) -> np.ndarray:
+        """Run a graph; the array that holds the prediction, whether this graph writes it or not."""
+        self._bindings[name].run()
+        return self.arrays[PREDICTION]
+
+    def named(self, role: str) -> str:
+        """The name of the only component that has the role."""
+        (name,) = (component.name for component in self.components if component.role == role)
+        return name
+
+
+class Graphs:
+    """The denoising graphs of a bundle: each is loaded when a policy first asks for it, and bound once for each set of shapes."""
+
+    def __init__(self, bundle: Bundle, loaded: Iterable[Graph], load: Callable[[Sequence[Component]], Sequence[Graph]]):
+        self._bundle, self._load = bundle, load
+        self._graphs = {graph.name: graph for graph in loaded}
+        self._joined: dict[object, Joined] = {}
+
+    def of(self, policy: Policy) -> tuple[Graph, ...]:
+        """The graphs that a policy runs, loaded.
+
+        Raises:
+            BundleError: the bundle lacks one.
+        """
+        components = policy.components(self._bundle)
+        if missing := [c for c in components if c.name not in self._graphs]:
+            self._graphs.update({graph.name: graph for graph in self._load(missing)})
+        return tuple(self._graphs[c.name] for c in components)
+
+    def inputs(self, policy: Policy) -> tuple[str, ...]:
+        """What the loop must feed: the inputs that no graph of the policy gives."""
+        graphs = self.of(policy)
+        given = {spec.name for graph in graphs for spec in graph.session.outputs}
+        return tuple(dict.fromkeys(spec.name for graph in graphs for spec in graph.session.inputs if spec.name not in given))
+
+    def network(self, policy: Policy, shapes: Mapping[str, Sequence[int | str]], calls: int, *, aside: bool = False) -> Network:
+        """The network for one picture. One that is ``aside`` has buffers of its own, so that the picture's keep what they hold."""
+        graphs = self.of(policy)
+        key = (aside, *(graph.name for graph in graphs), *sorted((name, tuple(shape)) for name, shape in shapes.items()))
+        if key not in self._joined:
+            self._joined[key] = Joined(graphs, shapes)
+        return in_order(policy, self._joined[key], calls)
+
+
+def in_order(policy: Policy, graphs: Joined, calls: int) -> Network:
+    """A network that forgets what it kept unless its calls come one after the other.
+
+    A call out of order is one of another trajectory, or others in between had another number of rows: where guidance is off
+    for a while, what was kept before is too old.
+    """
+    network, expected = policy.start(graphs, calls), 0
+
+    def ask(call: Call) -> np.ndarray:
+        nonlocal network, expected
+        if call.number != expected:
+            network = policy.start(graphs, calls)
+        expected = call.number + 1
+        return network(call)
+
+    return ask
