@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgediffusion.bundle import FORMAT, MANIFEST, Bundle
+from edgediffusion.bundle import FORMAT, MANIFEST, Bundle, axis_size, write
 from edgediffusion.errors import BundleError
 from edgediffusion.files import dump_json
 
@@ -153,6 +153,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "an unknown prediction": lambda c: c["sampling"].update(prediction="tea leaves"),
     "an unknown guidance": lambda c: c["sampling"].update(guidance="spiritual"),
     "a list where an object belongs": lambda c: c.update(sampling=[]),
+    "a cut of what is no part of a denoiser": lambda c: c["components"][1].update(cut="up_blocks.0"),
+    "a cut without a name": lambda c: c["components"][1].update(role="denoise.shallow", cut=""),
     "a name fed by no output": lambda c: c["components"][0].update(feeds={"nothing": "encoder_hidden_states"}),
 }
 
@@ -177,3 +179,47 @@ def test_engines_are_listed_by_target(tmp_path: Path, make_bundle: Make) -> None
     digest = hashlib.sha256(b"engine").hexdigest()
     rewrite(bundle.path, lambda content: content["files"].update({"engines/cpu-x86-64/unet.bin": {"sha256": digest, "bytes": 6}}))
     assert Bundle.open(bundle.path).targets == ("cpu-x86-64",)
+
+
+def test_parts_of_a_denoiser_are_found_by_their_cut(folder: Path) -> None:
+    def cut(content: dict[str, Any]) -> None:
+        for name, role, module in (("a", "denoise.head", "blocks.0"), ("b", "denoise.tail", "blocks.0"), ("c", "denoise.head", "blocks.1")):
+            content["components"].append({**content["components"][1], "name": name, "role": role, "cut": module})
+
+    assert Bundle.open(folder).cuts == ()
+    with pytest.raises(BundleError, match=r"no graphs for the cut 'blocks.0'. Allowed: none.*export SOURCE -o BUNDLE --cut blocks.0"):
+        Bundle.open(folder).with_cut("blocks.0")
+    rewrite(folder, cut)
+    bundle = Bundle.open(folder)
+    assert bundle.cuts == ("blocks.0", "blocks.1")
+    assert {role: c.name for role, c in bundle.with_cut("blocks.0").items()} == {"denoise.head": "a", "denoise.tail": "b"}
+    with pytest.raises(BundleError, match=r"no graphs for the cut 'blocks.2'. Allowed: blocks.0, blocks.1"):
+        bundle.with_cut("blocks.2")
+
+
+@pytest.mark.parametrize(
+    ("axis", "size"),
+    [
+        ("height", 12),
+        ("height/4", 3),
+        ("height*width/4", 24),
+        ("height*width", 96),
+        ("height/5", None),  # no whole number
+        ("height/0", None),
+        ("height/x", None),
+        ("depth", None),
+        ("depth*height", None),
+        ("", None),
+    ],
+)
+def test_the_size_of_an_axis_that_is_a_part_of_others(axis: str, size: int | None) -> None:
+    assert axis_size(axis, {"height": 12, "width": 8}) == size
+
+
+def test_a_file_with_several_names_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("edgediffusion.bundle.sha256", lambda file: read.append(file) or "0" * 64)
+    (folder / "unet" / "again.bin").hardlink_to(folder / "unet" / "model.onnx")
+    bundle = Bundle.open(folder, verify=False)
+    write(folder, family="x", components=bundle.components, sampling=None, history=())
+    assert len(read) == len(bundle.files)

@@ -75,6 +75,8 @@ def derive(whole: ir.Model, part: Component) -> tuple[Component, ir.Model]:
     for value in list(found.inputs):
         if not value.uses() and value.name not in named:
             found.inputs.remove(value)
+    for name in [name for name in graph.initializers if name in found.initializers]:  # extract gives them in no order
+        found.initializers[name] = found.initializers.pop(name)
     cut = ir.Model(found, ir_version=whole.ir_version, producer_name=whole.producer_name, producer_version=whole.producer_version)
     return replace(part, inputs=specs(found.inputs)), cut
 
