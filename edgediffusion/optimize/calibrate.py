@@ -101,8 +101,9 @@ def state_of(
         layers = measure_graph(bundle, component, items, recipe, folder=folder, progress=progress)
         observer, versions = "onnxruntime", {"onnxruntime": find("runtimes.engines", "onnxruntime").version()}
     else:
-        layers = _measure(source, component, bundle.path / component.model, drawn, recipe, progress)
-        observer, versions = "torch", {tool: version(tool) for tool in ("torch", "diffusers")}
+        layers, recipe = _measure(source, component, bundle.path / component.model, drawn, recipe, progress)
+        used = ("torch", "diffusers", *(("nvidia-modelopt",) if _asks_modelopt(recipe) else ()))
+        observer, versions = "torch", {tool: version(tool) for tool in used}
     return QuantizationState(
         weights=weights_digest(bundle, component),
         calibration={**drawn.record, "observer": observer},
@@ -113,7 +114,14 @@ def state_of(
     )
 
 
-def _measure(source: Source, component: Component, graph: Path, drawn: Drawn, recipe: Recipe, progress: Progress) -> dict[str, LayerState]:
+def _asks_modelopt(recipe: Recipe) -> bool:
+    return bool(recipe.effective_bits) or "modelopt" in recipe.balance + recipe.ranges
+
+
+def _measure(
+    source: Source, component: Component, graph: Path, drawn: Drawn, recipe: Recipe, progress: Progress
+) -> tuple[dict[str, LayerState], Recipe]:
+    """The layers of a source's network, and the recipe with the formats that were chosen for them where it asks for that."""
     from edgediffusion.export.families import family_of
     from edgediffusion.optimize.prepare import prepare_module
 
@@ -124,7 +132,12 @@ def _measure(source: Source, component: Component, graph: Path, drawn: Drawn, re
     prepare_module(module, graph, recipe, prefix)
     items = [(item.step, item.feeds) for item in drawn.items]
     guidance, seed = float(drawn.record["guidance_scale"]), int(drawn.record["seed"])
-    return measure(module, items, recipe, prefix=prefix, seed=seed, guidance_scale=guidance, progress=progress)
+    if recipe.effective_bits:
+        from edgediffusion.optimize.modelopt_formats import choose_formats
+
+        feeds = [feed for _, feed in items]
+        recipe = choose_formats(module, feeds, recipe, prefix=prefix, seed=seed, guidance_scale=guidance, progress=progress)
+    return measure(module, items, recipe, prefix=prefix, seed=seed, guidance_scale=guidance, progress=progress), recipe
 
 
 def _denoisers(bundle: Bundle) -> tuple[Component, ...]:

@@ -16,6 +16,8 @@ import numpy as np
 from edgediffusion import registry
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
+from edgediffusion.optimize.balance import Balance
+from edgediffusion.optimize.balances import by_running, by_statistics
 from edgediffusion.optimize.integers import LOW_BITS, best_weight_amax
 from edgediffusion.optimize.low_rank import low_rank
 from edgediffusion.optimize.observed import Observed
@@ -55,9 +57,12 @@ def measure(
     from edgediffusion.optimize.rounding import Job
 
     by_stage = _observe_stages(lambda part, tell: observe(module, part, progress=tell), items, recipe.stages, progress)
-    found, chosen = _merged(by_stage), _Named(recipe, prefix)
-    layers = _staged(_balance(found, chosen), by_stage, recipe)
-    feeds = [feed for _, feed in items]
+    found, chosen, feeds = _merged(by_stage), _Named(recipe, prefix), [feed for _, feed in items]
+    if recipe.balance.startswith("modelopt"):
+        balances = by_running(module, feeds, found, recipe, prefix, progress=lambda part: progress("balancing", part))
+    else:
+        balances = by_statistics(found, recipe, prefix)
+    layers = _staged(_layers(found, balances, chosen), by_stage, recipe)
     if recipe.ranges == "mse":
         few = {n: b for n in layers if (b := chosen.bits(n)[1]) <= LOW_BITS and not (chosen.excludes(n) or layers[n].is_constant)}
         clips = input_clips(module, feeds, layers, found, few, progress=lambda part: progress("ranges", part))
@@ -100,7 +105,8 @@ def measure_graph(
         return observe_graph(bundle, component, part, recipe=recipe, folder=folder, progress=tell)
 
     by_stage = _observe_stages(watch, items, recipe.stages, progress)
-    return _staged(_balance(_merged(by_stage), _Named(recipe, "")), by_stage, recipe)
+    found = _merged(by_stage)
+    return _staged(_layers(found, by_statistics(found, recipe), _Named(recipe, "")), by_stage, recipe)
 
 
 _Watch = Callable[[Items, Callable[[int], None]], dict[str, Observed]]
@@ -147,6 +153,12 @@ def check_graph_recipe(recipe: Recipe) -> None:
     needs = []
     if recipe.rounding != "nearest":
         needs.append(f"rounding {recipe.rounding!r}")
+    if recipe.balance.startswith("modelopt"):
+        needs.append(f"balance {recipe.balance!r}")
+    if recipe.effective_bits:
+        needs.append(f"effective_bits {recipe.effective_bits}")
+    if recipe.temporal:
+        needs.append(f"temporal {recipe.temporal!r}")
     if recipe.ranges.startswith("modelopt"):
         needs.append(f"ranges {recipe.ranges!r}")
     if recipe.ranges == "mse" and BITS.get(recipe.activations, 16) <= LOW_BITS:
@@ -155,7 +167,7 @@ def check_graph_recipe(recipe: Recipe) -> None:
         raise ArgumentError(
             f"The recipe '{recipe.name}' has methods that work on the network in torch, not on a graph",
             got=", ".join(needs),
-            allowed="without a source: rounding 'nearest', ranges 'max', or 'mse' if activations have 8 bits",
+            allowed="without a source: rounding 'nearest', ranges 'max', or 'mse' if activations have 8 bits, no balance of ModelOpt's",
             do="Give the diffusers folder that the bundle was exported from: --source FOLDER",
         )
 
@@ -178,29 +190,19 @@ class _Named:
         return self.recipe.excludes(name.removeprefix(self.prefix)) is not None
 
 
-def _balance(found: Mapping[str, Observed], recipe: _Named) -> dict[str, LayerState]:
-    method: ModuleType = registry.find("optimize.balance", recipe.recipe.balance)
-    factors: dict[str, np.ndarray] = {}
-    for name, layer in found.items():
-        if name in factors:
-            continue
-        readers = [other for other in layer.readers or (name,) if not recipe.excludes(other)]
-        alone = recipe.excludes(name) or any(found[other].groups > 1 for other in readers)
-        shared = [name] if alone else readers
-        ones = np.ones(len(layer.input.low), np.float32)
-        chosen = ones if alone else method.factors([found[other] for other in shared], recipe.bits(name))
-        factors.update(dict.fromkeys(shared, chosen))
-    return {name: _layer(layer, factors[name], recipe, name) for name, layer in found.items()}
+def _layers(found: Mapping[str, Observed], balances: Mapping[str, Balance], recipe: _Named) -> dict[str, LayerState]:
+    return {name: _layer(layer, balances[name], recipe, name) for name, layer in found.items()}
 
 
-def _layer(layer: Observed, factors: np.ndarray, recipe: _Named, name: str) -> LayerState:
+def _layer(layer: Observed, balance: Balance, recipe: _Named, name: str) -> LayerState:
+    factors, up, down = balance.factors, balance.up, balance.down
     weight = balanced_weight(layer.weight, factors, layer.groups)
     bits = recipe.bits(name)[0]
     groups = recipe.recipe.groups(weight.shape)
     importance = (layer.input.mean_square / factors.astype(np.float64) ** 2).reshape(1, -1, *[1] * (weight.ndim - 2))
-    up = down = None
-    if recipe.branches(name, weight.shape):
+    if up is None and recipe.branches(name, weight.shape):
         up, down = low_rank(weight, recipe.recipe.rank, bits, importance)
+    if up is not None and down is not None:
         weight = weight - up @ down
     rows = weight.reshape(len(weight) * groups, -1)
     amax = np.abs(rows).max(1)

@@ -45,7 +45,10 @@ def test_steps_that_agree_with_the_weight_count_less():
     np.testing.assert_allclose(salience(steps, w), weights @ steps)
 
 
-@pytest.mark.parametrize("name", registry.names("optimize.balance"))
+STATISTICAL = [name for name in registry.names("optimize.balance") if not name.startswith("modelopt")]  # the others: test_modelopt.py
+
+
+@pytest.mark.parametrize("name", STATISTICAL)
 def test_every_method_gives_a_positive_factor_for_each_channel(layer, name):
     factors = registry.find("optimize.balance", name).factors([layer, layer], (4, 8))
     assert factors.shape == (6,)
@@ -56,7 +59,7 @@ def test_every_method_gives_a_positive_factor_for_each_channel(layer, name):
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
 def test_the_search_is_at_least_as_good_as_every_other_by_its_own_measure(layer, bits):
-    found = {name: registry.find("optimize.balance", name).factors([layer], bits) for name in registry.names("optimize.balance")}
+    found = {name: registry.find("optimize.balance", name).factors([layer], bits) for name in STATISTICAL}
     errors = {name: expected_error(layer, factors, bits) for name, factors in found.items()}
     assert errors["search"] <= min(errors["none"], errors["smoothquant"]) * 1.0001
 

@@ -39,7 +39,8 @@ class Balance:
 class Network:
     """What a method gets that runs the network: its ``layers`` are those that are quantized, ``bits`` theirs of weights and activations.
 
-    ``groups`` are how many scales their weights' rows have, ``rank`` is of branches, for layers of few bits.
+    ``groups`` are the sizes of groups of inputs that a weight has scales for, 0 for one scale; ``rank`` is of branches beside weights
+    of few bits.
     """
 
     module: torch.nn.Module
