@@ -16,10 +16,14 @@ from edgediffusion.registry import require
 
 @dataclass(frozen=True)
 class Tokens:
-    """``ids`` is int64 [batch, length]; ``cut`` has for each text what did not fit, an empty string where all did."""
+    """``ids`` is int64 [batch, length]; ``cut`` has for each text what did not fit, an empty string where all did.
+
+    ``spans`` has for each text where its tokens begin and end in it; marks that the tokenizer adds have no extent.
+    """
 
     ids: np.ndarray
     cut: tuple[str, ...]
+    spans: tuple[tuple[tuple[int, int], ...], ...]
 
 
 class TextTokenizer:
@@ -40,7 +44,8 @@ class TextTokenizer:
         encodings = self._tokenizer.encode_batch(list(texts))
         for row, encoding in zip(ids, encodings, strict=True):
             row[: len(encoding.ids)] = encoding.ids
-        return Tokens(ids, tuple(_cut(text, encoding) for text, encoding in zip(texts, encodings, strict=True)))
+        cut = tuple(_cut(text, encoding) for text, encoding in zip(texts, encodings, strict=True))
+        return Tokens(ids, cut, tuple(tuple(encoding.offsets) for encoding in encodings))
 
 
 def _cut(text: str, encoding: Any) -> str:
