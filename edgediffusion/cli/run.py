@@ -22,6 +22,7 @@ from edgediffusion.registry import names
 @click.option("--prompt", "prompts", required=True, multiple=True, help="What the picture shows; may be given several times.")
 @click.option("--negative-prompt", default="", help="What it should not show.")
 @click.option("--steps", "num_inference_steps", type=click.IntRange(min=1), default=None, help="The bundle says by default.")
+@click.option("--timesteps", callback=numbers, default=None, metavar="T,T,...", help="Training timesteps, one a step, instead of --steps.")
 @click.option("--sampler", default=None, help=f"One of: {', '.join(names('runtimes.samplers'))}; may end in options, as ddim:eta=0.5.")
 @click.option("--spacing", default=None, help=f"One of: {', '.join(names('runtimes.spacings'))}; the bundle says by default.")
 @guidance_option
