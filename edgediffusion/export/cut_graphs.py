@@ -59,25 +59,22 @@ def derive(whole: ir.Model, part: Component) -> tuple[Component, ir.Model]:
     """
     model = whole.clone()
     graph = model.graph
-    network = [str(value.name) for value in graph.inputs]
-    if any(spec.name == f"{part.cut}{RESIDUAL}" for spec in part.inputs):
-        _add_residual(graph, part)
-    for spec in part.outputs:
-        if spec.name == f"{part.cut}{RESIDUAL}":
-            _difference(graph, LAST, f"{part.cut}{STREAM}", spec.name, part)
-        elif spec.name == f"{part.cut}{INDICATOR}" and spec.name not in _values(graph):
-            _difference(graph, f"{part.cut}{STREAM}", f"{first_block(str(part.cut))}{STREAM}", spec.name, part)
+    _add_differences(graph, part)
     named = [spec.name for spec in part.inputs]
-    boundary = [*named, *(name for name in network if name not in named)]
-    for name in (*boundary, *(spec.name for spec in part.outputs)):
+    boundary = [*named, *(str(value.name) for value in graph.inputs if value.name not in named)]
+    outputs = [spec.name for spec in part.outputs]
+    for name in (*boundary, *outputs):
         _value(graph, name, part)
-    found = ir.convenience.extract(graph, boundary, [spec.name for spec in part.outputs])
+    found = ir.convenience.extract(graph, boundary, outputs)
     for value in list(found.inputs):
         if not value.uses() and value.name not in named:
             found.inputs.remove(value)
     for name in [name for name in graph.initializers if name in found.initializers]:  # extract gives them in no order
         found.initializers[name] = found.initializers.pop(name)
-    cut = ir.Model(found, ir_version=whole.ir_version, producer_name=whole.producer_name, producer_version=whole.producer_version)
+    _state_types(found, part)
+    functions = list(model.functions.values())
+    made_by = (whole.producer_name, whole.producer_version)
+    cut = ir.Model(found, ir_version=whole.ir_version, producer_name=made_by[0], producer_version=made_by[1], functions=functions)
     return replace(part, inputs=specs(found.inputs)), cut
 
 
@@ -95,6 +92,27 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None
     shape = tuple(str(dim.value) if isinstance(dim, ir.SymbolicDim) else int(dim) for dim in value.shape)
     return TensorSpec(str(value.name), np.dtype(value.dtype.numpy()).name, shape)
+
+
+def _add_differences(graph: ir.Graph, part: Component) -> None:
+    """Make those values of ``part`` that no network has."""
+    stream = f"{part.cut}{STREAM}"
+    if any(spec.name == f"{part.cut}{RESIDUAL}" for spec in part.inputs):
+        _add_residual(graph, part)
+    for spec in part.outputs:
+        if spec.name == f"{part.cut}{RESIDUAL}":
+            _difference(graph, LAST, stream, spec.name, part)
+        elif spec.name == f"{part.cut}{INDICATOR}" and spec.name not in _values(graph):
+            _difference(graph, stream, f"{first_block(str(part.cut))}{STREAM}", spec.name, part)
+
+
+def _state_types(graph: ir.Graph, part: Component) -> None:
+    """Type and shape of what it takes and gives, as the component has them: a pass may have left a value without."""
+    stated = {spec.name: spec for spec in (*part.inputs, *part.outputs)}
+    for value in (*graph.inputs, *graph.outputs):
+        if str(value.name) in stated:
+            spec = stated[str(value.name)]
+            value.shape, value.dtype = ir.Shape(spec.shape), ir.DataType.from_numpy(np.dtype(spec.dtype))
 
 
 def _add_residual(graph: ir.Graph, part: Component) -> None:

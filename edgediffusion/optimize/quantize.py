@@ -13,6 +13,7 @@ from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import link_or_copy
+from edgediffusion.optimize.cuts import Given, cut_again, parts_of
 from edgediffusion.optimize.finite import check_quantized
 from edgediffusion.optimize.graph_file import WEIGHTS, load_graph, store_weights
 from edgediffusion.optimize.recipe import Placement, Recipe, load_placement, load_recipe, recipe_of
@@ -68,8 +69,9 @@ def quantize(
         wanted = {"recipe": job.recipe.name, "target": device.name, "placement": job.placement.name}
         report_of.check(weights=known.weights, state=known.digest, **wanted)
         job = replace(job, kept=report_of.kept)
+    cut_out = parts_of(bundle, chosen, stages=len(known.below) + 1)
     with files.new_folder(Path(output)) as folder:
-        replaced = {component.model.rsplit("/", 1)[0] + "/" for component in chosen}
+        replaced = {component.model.rsplit("/", 1)[0] + "/" for component in (*chosen, *cut_out)}
         kept = [name for name in bundle.files if not name.startswith("engines/") and not _is_replaced(name, replaced)]
         for name in kept:
             link_or_copy(bundle.path / name, folder / name)
@@ -85,6 +87,7 @@ def quantize(
                 components.append(part)
                 report[part.name] = layers
         progress("writing", 1.0)
+        components = cut_again(cut_out, components, folder)
         arguments = {
             "recipe": job.recipe.name,
             "target": device.name,
@@ -204,9 +207,11 @@ def quantize_model(model: Any, states: Mapping[str, LayerState], recipe: Recipe,
     from edgediffusion.optimize.passes.add_low_rank import add_low_rank, places
     from edgediffusion.optimize.passes.insert_qdq import insert_qdq
 
+    given = Given(model.graph)
     branches = places(model, states)
     report = insert_qdq(model, states, recipe, placement)
     add_low_rank(model, branches)
+    given.restore()
     return report
 
 
