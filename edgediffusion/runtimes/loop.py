@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from edgediffusion.runtimes.corrections import Corrector
+from edgediffusion.runtimes.graph import require_finite
 from edgediffusion.runtimes.images import to_images
 from edgediffusion.runtimes.noise import Noise
+from edgediffusion.runtimes.painting import Keep
 from edgediffusion.runtimes.samplers import Denoise, Sampler
-from edgediffusion.runtimes.schedules import Points
+from edgediffusion.runtimes.schedules import CLEAN, Points
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Result:
 class Loop:
     """One walk along ``points`` from a state x, float32 [images, ...]; iterating it again starts it again.
 
-    ``pixels`` decodes what a step is asked to show. ``corrector`` may change a state before it is seen.
+    ``pixels`` decodes what a step is asked to show. ``corrector`` may change a state before it is seen, ``keep`` what of a picture
+    is put back then. ``graph`` names the graph that is asked at a time step.
     """
 
     sampler: Sampler
@@ -76,21 +79,28 @@ class Loop:
     noise: Noise
     corrector: Corrector
     pixels: Callable[[np.ndarray], np.ndarray]
+    graph: Callable[[float], str]
+    keep: Keep | None = None
 
     def __iter__(self) -> Iterator[Step]:
+        """Raises EngineError when the network returns numbers that are not finite."""
+        total = len(self.points)
         x0: np.ndarray | None = None
 
         def denoise(x: np.ndarray, i: int) -> np.ndarray:
             nonlocal x0
             x0 = self.denoise(x, i)
+            timestep = self.points.at[i].timestep
+            require_finite(x0, self.graph(timestep), f" in step {i + 1} of {total}, at time step {timestep:g}")
             return x0
 
-        total = len(self.points)
         started = time.perf_counter()
         for i, latents in enumerate(self.sampler.sample(denoise, self.x, self.points, self.noise)):
             assert x0 is not None  # a step calls the network
             if i + 1 < total:
                 self.corrector.state(latents, i + 1)
+            if self.keep is not None:
+                self.keep(latents, self.points.at[i + 1] if i + 1 < total else CLEAN)
             yield Step(i, total, self.points.at[i].timestep, latents, x0, since(started), self.pixels)
             started = time.perf_counter()
 

@@ -125,8 +125,8 @@ class Graphs:
         given = {spec.name for graph in graphs for spec in graph.session.outputs}
         return tuple(dict.fromkeys(spec.name for graph in graphs for spec in graph.session.inputs if spec.name not in given))
 
-    def network(self, policy: Policy, shapes: Mapping[str, Sequence[int | str]], calls: int, *, aside: bool = False) -> Network:
-        """The network for one picture. One that is ``aside`` has buffers of its own, so that the picture's keep what they hold."""
+    def network(self, policy: Policy, shapes: Mapping[str, Sequence[int | str]], calls: int, *, aside: str = "") -> Network:
+        """The network for one picture. One that is ``aside`` has buffers of that name, so that the picture's keep what they hold."""
         graphs = self.of(policy)
         key = (aside, *(graph.name for graph in graphs), *sorted((name, tuple(shape)) for name, shape in shapes.items()))
         if key not in self._joined:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from edgediffusion.errors import ArgumentError
+from edgediffusion.runtimes.autoencoder import Gaussian
 from edgediffusion.runtimes.images import pictures, size, to_input, to_mask
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.schedules import Point, Points
-
-if TYPE_CHECKING:
-    from edgediffusion.runtimes.autoencoder import Gaussian
 
 STRENGTH, INPAINTING_STRENGTH = 0.8, 1.0  # diffusers' defaults
 
@@ -147,10 +145,11 @@ class Canvas:
         """A draw from the latents of pictures, [images, c, h, w]: one to a picture, or one to an image where each has its stream."""
         found, which = self.encode(pixels), self._which(pixels)
         if self.per_image:
-            return found.mean[which] + found.deviation[which] * self.noise.normal(self.shape)
-        drawn = found.mean + found.deviation * self.noise.normal(found.mean.shape)
-        return drawn[which]
+            found, which = Gaussian(found.mean[which], found.deviation[which]), np.arange(self.shape[0])
+        drawn: np.ndarray = (found.mean + found.deviation * self.noise.normal(found.mean.shape))[which]
+        return drawn
 
     def _which(self, pictures: np.ndarray) -> np.ndarray:
         """The picture of each image: a single one of all of them, or one for each prompt, whose images follow each other."""
-        return np.arange(self.shape[0]) * len(pictures) // self.shape[0]
+        which: np.ndarray = np.arange(self.shape[0]) * len(pictures) // self.shape[0]
+        return which

@@ -7,24 +7,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgediffusion.bundle import Bundle, Component, Sampling
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
-from edgediffusion.runtimes import caching
+from edgediffusion.runtimes import caching, correcting
 from edgediffusion.runtimes import noise as noises
 from edgediffusion.runtimes.autoencoder import Autoencoder
+from edgediffusion.runtimes.calls import in_halves, with_channels
 from edgediffusion.runtimes.conditions import Conditions
-from edgediffusion.runtimes.corrections import Corrector, Deployment, Run, Starts
-from edgediffusion.runtimes.corrections._file import Correction, graph_digest, resolve
+from edgediffusion.runtimes.corrections import Deployment, Starts
 from edgediffusion.runtimes.denoiser import Denoiser, Observe
 from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph, open_components
-from edgediffusion.runtimes.guidance import Guidance
 from edgediffusion.runtimes.loop import Loop, Result, Step, Timings, since
-from edgediffusion.runtimes.network import Graphs, Policy
+from edgediffusion.runtimes.network import Graphs, Network, Policy
+from edgediffusion.runtimes.painting import Canvas, Start
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
 from edgediffusion.runtimes.text_encoder import TextEncoder
 
@@ -32,11 +33,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ROLES = ("encode", "decode")  # always loaded; of the denoising graphs those that the caching policy runs
-_OTHER_STREAM = 1 << 63  # added to a seed: the noise of a correction is none that a picture starts from
+_NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
+_OF_PICTURES = {"negative_prompt", "prompt_weights", "class_labels", "image", "mask_image", "strength"} | {
+    *("height", "width", "num_images", "latents", "tile")
+}
 
 
 class Pipeline:
-    """Text to image with the graphs of a bundle. Not for several threads at once: they would share buffers."""
+    """Pictures with the graphs of a bundle, from texts, classes, other pictures or nothing.
+
+    Not for several threads at once: they would share buffers.
+    """
 
     def __init__(
         self,
@@ -53,7 +60,8 @@ class Pipeline:
         self._policy = caching.resolve(cache)
         self._graphs = Graphs(bundle, graphs, load or _refuse_to_load)
         self._denoise = self._graphs.of(self._policy)[0]
-        self._autoencoder = Autoencoder(self.sampling, _only(bundle, graphs, "decode") if bundle.with_role("decode") else None)
+        self._channels = _channels(self._denoise, self.sampling)
+        self._autoencoder = _autoencoder(bundle, self.sampling, graphs, load)
         encoders = [TextEncoder(g, bundle.path) for g in graphs if g.component.role == "encode"]
         self._conditions = Conditions(self.sampling, self._denoise.name, self._graphs.inputs(self._policy), encoders)
 
@@ -82,7 +90,7 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         callback: Callable[[Step], bool | None] | None = None,
         observe: Observe | None = None,
@@ -102,22 +110,21 @@ class Pipeline:
         request = Request(prompt, **options)
         settled = plan(request, self.sampling)
         started = time.perf_counter()
-        conditions, cut = self._conditions(settled)
+        conditions, warnings = self._conditions(request, settled)
         encode_ms, times, latents = since(started), [], None
         for step in self._loop(request, settled, conditions, observe, correction):
             times.append(step.elapsed_ms)
             latents = step.latents
-            if callback is not None and callback(step) is False:
-                raise Cancelled(f"Stopped after step {step.index + 1} of {step.total}")
+            _tell(callback, step)
         assert latents is not None  # a plan has at least one step
         started = time.perf_counter()
-        pixels = self._autoencoder.decode(latents)
+        pixels = self._autoencoder.decode(latents, tile=settled.tile)
         seeds = (request.seed,) if isinstance(request.seed, int) else tuple(request.seed)
-        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), since(started)), (*settled.warnings, *cut))
+        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), since(started)), (*settled.warnings, *warnings))
 
     def steps(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         observe: Observe | None = None,
         correction: Starts | str | Path | None = None,
@@ -126,23 +133,61 @@ class Pipeline:
         """The loop itself: a generator of steps, left by ``break`` or ``close``. Arguments as for a call."""
         request = Request(prompt, **options)
         settled = plan(request, self.sampling)
-        conditions, _ = self._conditions(settled)
+        conditions, _ = self._conditions(request, settled)
         return self._loop(request, settled, conditions, observe, correction)
 
-    def predictor(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> Callable[[np.ndarray, int], np.ndarray]:
+    def predictor(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Callable[[np.ndarray, int], np.ndarray]:
         """``predict(x, i)``: the guided prediction for x, float32 [images, c, h, w], at step i. Arguments as for a call."""
         request = Request(prompt, **options)
         settled = plan(request, self.sampling)
-        denoiser = self._denoiser(settled, self._conditions(settled)[0])
+        start = self._start(request, settled, self._noise(request, settled))
+        denoiser = self._denoiser(settled, self._conditions(request, settled)[0], start.beside)
         return lambda x, i: denoiser.predict(x, settled.points.at[i])
 
     def deployment(self, **options: Unpack[Options]) -> Deployment:
         """What a correction must be measured for to serve pictures that are drawn with these options."""
-        return self._deployment(plan(Request("", **options), self.sampling))
+        return correcting.deployment(self.bundle, plan(Request(**options), self.sampling))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [images, c, h, w] of a step or a result to pixels: float32 [images, height, width, channels] in 0..1."""
         return self._autoencoder.decode(latents)
+
+    def denoise(
+        self,
+        sample: np.ndarray,
+        conditions: Mapping[str, np.ndarray] = _NOTHING,
+        *,
+        unconditional: Mapping[str, np.ndarray] | None = None,
+        callback: Callable[[Step], bool | None] | None = None,
+        observe: Observe | None = None,
+        **options: Unpack[Options],
+    ) -> np.ndarray:
+        """The bare loop, for a network that draws no pictures: a policy's actions, a field that is refined.
+
+        ``sample`` is standard normal noise, float [rows, ...] of any rank, and so is what is returned, denoised. ``conditions``
+        are all other inputs of the denoiser but the time step, by name, [rows, ...] each. With ``unconditional`` ones, for
+        a network with classifier-free guidance, it is guided away from them. ``options`` are those of a call, as far as
+        they are neither about texts nor about pictures.
+
+        Raises:
+            ArgumentError: a condition that the denoiser does not have or lacks, a shape that it does not take, an option that
+            has no meaning here. Cancelled: the callback stopped the work.
+        """
+        if useless := sorted(_OF_PICTURES & set(options)):
+            raise ArgumentError("These options have no meaning for a bare loop", got=", ".join(useless))
+        request = replace(Request(**options), num_images=len(sample))
+        settled = plan(request, self.sampling)
+        if unconditional is None and options.get("guidance_scale") is not None and settled.classifier_free:
+            raise ArgumentError("Guidance needs the conditions that it leads away from", do="Give them as unconditional.")
+        guided = settled.classifier_free and unconditional is not None
+        settled = replace(settled, latent_shape=sample.shape, classifier_free=guided)
+        rows = self._conditions.given(settled, conditions, unconditional)
+        x = settled.points.start(sample.astype(np.float32))
+        denoised = x
+        for step in self._walk(request, settled, rows, Start(x), self._noise(request, settled), observe):
+            denoised = step.latents
+            _tell(callback, step)
+        return denoised
 
     def _loop(
         self,
@@ -153,52 +198,77 @@ class Pipeline:
         correction: Starts | str | Path | None,
     ) -> Iterator[Step]:
         """Everything is checked here, before the first step is asked for."""
-        denoiser = replace(self._denoiser(plan, conditions), observe=observe)
-        starts = None if correction is None else resolve(correction)
-        if isinstance(starts, Correction) and plan.guidance != Guidance(plan.guidance_scale):
-            raise ArgumentError(
-                "A correction is measured with plain guidance at every step, and holds for no other",
-                got="guidance_rescale or guidance_interval",
-                do="Leave them out, or the correction.",
-            )
-        corrector = Corrector() if starts is None else starts.start(self._run(request, plan, denoiser))
-        denoiser = replace(denoiser, corrector=corrector)
-        noise = noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
-        x = plan.points.start(_first_noise(request, plan, noise))
-        return iter(Loop(plan.sampler, plan.points, denoiser, x, corrector.noise(noise), corrector, self._autoencoder.decode))
+        noise = self._noise(request, plan)
+        return self._walk(request, plan, conditions, self._start(request, plan, noise), noise, observe, correction)
 
-    def _denoiser(self, plan: Plan, conditions: Mapping[str, np.ndarray]) -> Denoiser:
+    def _walk(
+        self,
+        request: Request,
+        plan: Plan,
+        conditions: Mapping[str, np.ndarray],
+        start: Start,
+        noise: noises.Noise,
+        observe: Observe | None,
+        correction: Starts | str | Path | None = None,
+    ) -> Iterator[Step]:
+        denoiser = replace(self._denoiser(plan, conditions, start.beside), observe=observe)
+        corrector = correcting.start(correction, self.bundle, plan, denoiser, request.seed)
+        denoiser = replace(denoiser, corrector=corrector)
+        pixels = partial(self._autoencoder.decode, tile=plan.tile)
+        return iter(Loop(plan.sampler, plan.points, denoiser, start.x, corrector.noise(noise), corrector, pixels, self._named, start.keep))
+
+    def _noise(self, request: Request, plan: Plan) -> noises.Noise:
+        return noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
+
+    def _start(self, request: Request, plan: Plan, noise: noises.Noise) -> Start:
+        """Where the loop begins: in noise, or in a picture."""
+        further = self._channels - self.sampling.latent_channels
+        if further not in (0, self.sampling.latent_channels + 1):
+            raise BundleError(f"The graph '{self._denoise.name}' takes channels that nobody knows", got=f"{further} beside the latents")
+        if further and (plan.painting is None or not plan.painting.masks):
+            raise ArgumentError("This network fills in a part of a picture", do="Give image and mask_image.")
+        first = partial(_first_noise, request, plan, noise)
+        if plan.painting is None:
+            return Start(plan.points.start(first()))
+        canvas = Canvas(
+            shape=plan.latent_shape,
+            downsampling=self.sampling.downsampling,
+            channels=self._autoencoder.channels,
+            encode=partial(self._autoencoder.encode, tile=plan.tile),
+            noise=noise,
+            per_image=not isinstance(request.seed, int),
+        )
+        return canvas.begin(plan.painting, plan.points, first, beside=further > 0)
+
+    def _denoiser(self, plan: Plan, conditions: Mapping[str, np.ndarray], beside: np.ndarray | None) -> Denoiser:
         if not plan.classifier_free:
-            return replace(self._rows(plan, conditions, plan.images), threshold=plan.threshold)
-        guided = replace(self._rows(plan, conditions, 2 * plan.images), guidance=plan.guidance, threshold=plan.threshold)
+            return replace(self._rows(plan, conditions, beside, 1), threshold=plan.threshold)
+        guided = replace(self._rows(plan, conditions, beside, 2), guidance=plan.guidance, threshold=plan.threshold)
         # Where guidance is off, half of the rows are work for nothing, unless the graph was made for so many rows only.
         if all(map(plan.guidance.is_on, plan.points.at)) or isinstance(self._denoise.input("sample").shape[0], int):
             return guided
         second = {name: rows[plan.images :] for name, rows in conditions.items()}
-        return replace(guided, conditional=self._rows(plan, second, plan.images))
+        return replace(guided, conditional=self._rows(plan, second, beside, 1))
 
-    def _rows(self, plan: Plan, conditions: Mapping[str, np.ndarray], rows: int) -> Denoiser:
-        """A denoiser without guidance."""
-        shapes = {name: rows_of.shape for name, rows_of in conditions.items()}
-        shapes["sample"] = (rows, *plan.latent_shape[1:])
-        network = partial(self._graphs.network, plan.cache or self._policy, shapes, len(plan.points))
-        return Denoiser(network(), partial(network, aside=True), self.sampling.prediction, plan.points, conditions)
+    def _rows(self, plan: Plan, conditions: Mapping[str, np.ndarray], beside: np.ndarray | None, rows: int) -> Denoiser:
+        """A denoiser without guidance, of so many ``rows`` an image."""
+        apart = rows == 2 and plan.separate
+        called = plan.images * (1 if apart else rows)
+        shapes = {name: (called, *array.shape[1:]) for name, array in conditions.items()}
+        channels = plan.latent_shape[1] + (0 if beside is None else beside.shape[1])
+        shapes["sample"] = (called, channels, *plan.latent_shape[2:])
+        ask = partial(self._graphs.network, plan.cache or self._policy, shapes, len(plan.points))
 
-    def _run(self, request: Request, plan: Plan, denoiser: Denoiser) -> Run:
-        seeds = request.seed + _OTHER_STREAM if isinstance(request.seed, int) else [seed + _OTHER_STREAM for seed in request.seed]
-        noise = noises.source(seeds, plan.images, flavour="philox")
-        return Run(self._deployment(plan), self.sampling.prediction, plan.sampler, plan.points, noise, denoiser.predict)
+        def network(aside: str) -> Network:
+            asked = in_halves(ask(aside=f"{aside} unconditional"), ask(aside=aside)) if apart else ask(aside=aside)
+            return with_channels(asked, beside)
 
-    def _deployment(self, plan: Plan) -> Deployment:
-        made_by = {verb.name: verb.arguments for verb in self.bundle.history}
-        return Deployment(
-            model=str(made_by.get("export", {}).get("source", "")),
-            graph=graph_digest(self.bundle),
-            state=str(made_by.get("quantize", {}).get("state", "")),
-            sampler=plan.sampler_name + (f" with spacing {plan.spacing}" if plan.spacing else ""),
-            steps=plan.steps,
-            guidance_scale=float(plan.guidance_scale),
-        )
+        return Denoiser(network(""), partial(network, "aside"), self.sampling.prediction, plan.points, conditions)
+
+    def _named(self, timestep: float) -> str:
+        """The name of the denoiser that takes a time step."""
+        found = [c for c in self.bundle.with_role("denoise") if c.below is not None and timestep < c.below]
+        return min(found, key=lambda c: c.below or 0.0).name if found else self._denoise.name
 
 
 def _sampling(bundle: Bundle) -> Sampling:
@@ -216,6 +286,29 @@ def _only(bundle: Bundle, graphs: Sequence[Graph], role: str) -> Graph:
     if len(found) != 1:
         raise BundleError(f"A pipeline runs one '{role}' graph", got=f"{len(found)} in '{bundle.path}'")
     return found[0]
+
+
+def _autoencoder(
+    bundle: Bundle, sampling: Sampling, graphs: Sequence[Graph], load: Callable[[Sequence[Component]], Sequence[Graph]] | None
+) -> Autoencoder:
+    """The encoder is opened when a picture is to be encoded: most pipelines never do."""
+    decoder = _only(bundle, graphs, "decode") if bundle.with_role("decode") else None
+    opened = [graph for graph in graphs if graph.component.role == "encode_image"]
+    components = bundle.with_role("encode_image")
+    if opened:
+        return Autoencoder(sampling, decoder, lambda: opened[0])
+    return Autoencoder(sampling, decoder, (lambda: load(components)[0]) if load is not None and components else None)
+
+
+def _channels(denoiser: Graph, sampling: Sampling) -> int:
+    """Of the denoiser's sample, where it says how many."""
+    shape = denoiser.input("sample").shape
+    return shape[1] if len(shape) > 1 and isinstance(shape[1], int) else sampling.latent_channels
+
+
+def _tell(callback: Callable[[Step], bool | None] | None, step: Step) -> None:
+    if callback is not None and callback(step) is False:
+        raise Cancelled(f"Stopped after step {step.index + 1} of {step.total}")
 
 
 def _refuse_to_load(components: Sequence[Component]) -> Sequence[Graph]:

@@ -73,4 +73,5 @@ def parse(prompt: str) -> Weighted:
 
 def apply(states: np.ndarray, empty: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """empty + weights (states - empty), for states [1, tokens, width] and weights [tokens]."""
-    return (empty + weights[None, :, None] * (states - empty)).astype(states.dtype)
+    moved: np.ndarray = empty + weights[None, :, None] * (states - empty)
+    return moved.astype(states.dtype)

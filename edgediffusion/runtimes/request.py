@@ -108,7 +108,7 @@ class Plan:
     negatives: tuple[str, ...]
     labels: tuple[int, ...]
     painting: Painting | None
-    latent_shape: tuple[int, int, int, int]
+    latent_shape: tuple[int, ...]
     sampler_name: str
     sampler: Sampler
     points: Points
@@ -119,6 +119,8 @@ class Plan:
     guidance: Guidance
     threshold: DynamicThreshold | None
     cache: Policy | None
+    tile: int | None
+    separate: bool
     warnings: tuple[str, ...]
 
     @property
@@ -163,6 +165,8 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         guidance=guidance(scale, rescale=request.guidance_rescale, interval=request.guidance_interval),
         threshold=None if request.dynamic_threshold is None else dynamic_threshold(request.dynamic_threshold),
         cache=None if request.cache is None else caching.resolve(request.cache),
+        tile=request.tile,
+        separate=request.guidance_batch == "separate",
         warnings=(
             *_warnings(request, sampling, scale),
             *_unspaced(sampler, sampling, schedule, walk, steps),

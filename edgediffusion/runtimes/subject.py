@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 from edgediffusion.bundle import Sampling
@@ -44,13 +43,13 @@ def labels(request: Request, sampling: Sampling, images: int) -> tuple[int, ...]
     given = request.class_labels
     if given is None:
         return ()
-    each = (given,) if isinstance(given, Integral) else tuple(given)
+    each: tuple[int, ...] = tuple(given) if isinstance(given, Sequence) else (given,)
     most = sampling.classes
     if wrong := [label for label in each if label < 0 or (most is not None and label >= most)]:
         known = "0 and above" if most is None else f"0 to {most - 1}"
         raise ArgumentError("There is no such class", got=", ".join(map(str, wrong)), allowed=known)
     prompts = images // request.num_images
-    if not isinstance(given, Integral) and len(each) != prompts:
+    if isinstance(given, Sequence) and len(each) != prompts:
         raise ArgumentError("A list of class labels has one per prompt", got=f"{len(each)} for {prompts} prompts")
     return tuple(int(each[i * len(each) // images]) for i in range(images))
 
