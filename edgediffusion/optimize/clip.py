@@ -32,7 +32,7 @@ def input_clips(
     """
     errors = {name: np.zeros(len(CANDIDATES)) for name in bits}
     modules = layers_of(module)
-    counts = {name: _importance(found[name], layers[name]) for name in bits}
+    counts = {name: output_importance(found[name], layers[name]) for name in bits}
 
     def hook(name: str) -> Callable[..., None]:
         state, width = layers[name], bits[name]
@@ -61,7 +61,8 @@ def input_clips(
     return {name: CANDIDATES[int(error.argmin())] for name, error in errors.items()}
 
 
-def _importance(layer: Observed, state: LayerState) -> torch.Tensor:
+def output_importance(layer: Observed, state: LayerState) -> torch.Tensor:
+    """What the error of each channel of x / f does to the layer's output: f_c^2 sum_o,k w_ock^2. [channels]"""
     if layer.groups > 1:
         return torch.ones(len(state.factors))
     squares = (layer.weight.reshape(*layer.weight.shape[:2], -1).astype(np.float64) ** 2).sum((0, 2))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = "quantized.safetensors"
-_SMALL_BYTES = 256  # of integer weights that stay in the graph
+_SMALL_BYTES = 256  # of weights' codes that stay in the graph
 _LARGE_BYTES = 1 << 16  # of anything else that leaves it
 
 
@@ -48,8 +48,8 @@ def _goes_out(tensor: Any) -> bool:
 
     if tensor is None or isinstance(tensor, ir.ExternalTensor):
         return tensor is not None
-    integers = tensor.dtype in (ir.DataType.INT8, ir.DataType.INT4)
-    return bool(tensor.nbytes > (_SMALL_BYTES if integers else _LARGE_BYTES))
+    codes = tensor.dtype in (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT4E2M1)
+    return bool(tensor.nbytes > (_SMALL_BYTES if codes else _LARGE_BYTES))
 
 
 def _planned(tensor: Any) -> Any:
@@ -57,7 +57,7 @@ def _planned(tensor: Any) -> Any:
 
     from edgediffusion.export.store import Planned
 
-    if tensor.dtype == ir.DataType.INT4:  # two to a byte; the file's format has no such type
+    if tensor.dtype in (ir.DataType.INT4, ir.DataType.FLOAT4E2M1):  # two to a byte; the file's format has no such type
         return Planned(ir.DataType.UINT8, (tensor.nbytes,), tensor.tobytes)
     return Planned(tensor.dtype, tuple(tensor.shape.numpy()), lambda: _read(tensor))
 

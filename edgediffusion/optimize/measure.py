@@ -18,10 +18,11 @@ from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
 from edgediffusion.optimize.balance import Balance
 from edgediffusion.optimize.balances import by_running, by_statistics
+from edgediffusion.optimize.float4 import candidates, choose_weight_format
 from edgediffusion.optimize.integers import LOW_BITS, best_weight_amax
 from edgediffusion.optimize.low_rank import low_rank
 from edgediffusion.optimize.observed import Observed
-from edgediffusion.optimize.recipe import BITS, Recipe
+from edgediffusion.optimize.recipe import BITS, FLOAT4, Recipe
 from edgediffusion.optimize.stages import split_items
 from edgediffusion.optimize.state import LayerState, Ranges
 
@@ -65,6 +66,7 @@ def measure(
     layers = _staged(_layers(found, balances, chosen), by_stage, recipe)
     if recipe.ranges == "mse":
         few = {n: b for n in layers if (b := chosen.bits(n)[1]) <= LOW_BITS and not (chosen.excludes(n) or layers[n].is_constant)}
+        few = {n: b for n, b in few.items() if chosen.formats(n)[1] not in FLOAT4}
         clips = input_clips(module, feeds, layers, found, few, progress=lambda part: progress("ranges", part))
         layers = {name: replace(layer, input_clip=clips.get(name, 1.0)) for name, layer in layers.items()}
         for stage, seen in enumerate(by_stage if recipe.stages > 1 else ()):
@@ -77,10 +79,28 @@ def measure(
 
         wanted = {n: chosen.bits(n) for n in layers if not (chosen.excludes(n) or layers[n].is_constant or found[n].groups > 1)}
         layers |= calibrated(module, feeds, layers, wanted, recipe.ranges, progress=lambda part: progress("ranges", part))
+    if recipe.activations in FLOAT4:
+        layers |= _float4_inputs(module, feeds, layers, found, chosen, lambda part: progress("formats", part))
     rounding: ModuleType = registry.find("optimize.rounding", recipe.rounding)
     job = Job(module, feeds, layers, chosen.recipe, seed, lambda part: progress("rounding weights", part), prefix, guidance_scale)
     layers.update(rounding.round_weights(job))
     return {name.removeprefix(prefix): layer for name, layer in layers.items()}
+
+
+def _float4_inputs(
+    module: torch.nn.Module,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    layers: Mapping[str, LayerState],
+    found: Mapping[str, Observed],
+    recipe: _Named,
+    progress: Callable[[float], None],
+) -> dict[str, LayerState]:
+    """The layers that get four-bit floating inputs, with formats for these."""
+    from edgediffusion.optimize.float4_inputs import choose_input_formats
+
+    wanted = [n for n in layers if recipe.formats(n)[1] in FLOAT4 and not (recipe.excludes(n) or layers[n].is_constant)]
+    forms = {n: candidates(recipe.formats(n)[1]) for n in wanted}
+    return choose_input_formats(module, feeds, layers, found, forms, search=recipe.recipe.ranges == "mse", progress=progress)
 
 
 def measure_graph(
@@ -163,6 +183,8 @@ def check_graph_recipe(recipe: Recipe) -> None:
         needs.append(f"ranges {recipe.ranges!r}")
     if recipe.ranges == "mse" and BITS.get(recipe.activations, 16) <= LOW_BITS:
         needs.append(f"ranges 'mse' of {recipe.activations} activations")
+    elif recipe.activations == "fp4":
+        needs.append("the choice of a format for activations")
     if needs:
         raise ArgumentError(
             f"The recipe '{recipe.name}' has methods that work on the network in torch, not on a graph",
@@ -180,6 +202,9 @@ class _Named:
 
     def bits(self, name: str) -> tuple[int, int]:
         return self.recipe.bits(name.removeprefix(self.prefix))
+
+    def formats(self, name: str) -> tuple[str, str]:
+        return self.recipe.formats(name.removeprefix(self.prefix))
 
     def branches(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the layer's weight gets a branch of low rank beside it."""
@@ -205,14 +230,18 @@ def _layer(layer: Observed, balance: Balance, recipe: _Named, name: str) -> Laye
     if up is not None and down is not None:
         weight = weight - up @ down
     rows = weight.reshape(len(weight) * groups, -1)
-    amax = np.abs(rows).max(1)
-    if recipe.recipe.ranges == "mse" and bits <= LOW_BITS and layer.groups == 1:
+    amax, formats, form = np.abs(rows).max(1), ("", ""), recipe.formats(name)[0]
+    if form in FLOAT4 and not recipe.excludes(name):
+        counts = importance if layer.groups == 1 else np.ones(1)
+        form, amax = choose_weight_format(weight, counts, candidates(form), search=recipe.recipe.ranges == "mse")
+        formats = (form, "")
+    elif recipe.recipe.ranges == "mse" and bits <= LOW_BITS and layer.groups == 1:
         amax = best_weight_amax(rows, np.broadcast_to(importance, weight.shape).reshape(rows.shape), bits)
     amax = amax.reshape(-1, groups) if groups > 1 else amax
     seen, given = layer.input, layer.output
     bounds = (seen.low, seen.high, given.low, given.high)
     clip = mean_over_steps(layer, factors) if recipe.recipe.ranges == "step-mean" else 1.0
-    return LayerState(factors, *bounds, amax.astype(np.float32), clip, OUTPUT_MARGIN, up=up, down=down)
+    return LayerState(factors, *bounds, amax.astype(np.float32), clip, OUTPUT_MARGIN, up=up, down=down, formats=formats)
 
 
 def mean_over_steps(layer: Observed, factors: np.ndarray) -> float:

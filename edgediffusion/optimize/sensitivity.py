@@ -178,6 +178,12 @@ def _job(bundle: Bundle, state: QuantizationState, recipe: str | Recipe | None, 
         raise ArgumentError(f"The engine '{name}' of the target '{device.name}' cannot tell what each node of a graph takes")
     placement = load_placement(device.placement)
     check_formats(chosen, placement)
+    if chosen.dynamic:
+        raise ArgumentError(
+            "Sensitivity compares layers with the float ones, node by node, and products with ranges at run time are several nodes",
+            got=f"dynamic = {chosen.dynamic!r} in the recipe '{chosen.name}'",
+            do="Measure with a state that was calibrated without dynamic.",
+        )
     return _Job(bundle, denoisers[0], state, chosen, placement, device.name, name, engine)
 
 

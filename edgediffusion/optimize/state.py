@@ -44,7 +44,8 @@ class LayerState:
     times ``input_clip``, ``output_clip``. ``weight_amax`` bounds f w: [out], or [out, groups] of its input channels. ``codes``,
     int8 and shaped like the weight, are its rounding where that is not to nearest; ``bias`` [out] takes the place of the layer's
     where it was learned. ``up`` [out, rank] and ``down`` [rank, in] are a float branch: what is quantized is f w - up down.
-    ``stages`` are the ranges in each stage of sampling, where a recipe asks for several; the layer's own are those of all.
+    ``stages`` are the ranges in each stage of sampling, where a recipe asks for several; the layer's own are those of all. ``formats``
+    are those that were chosen for weights and activations, where a recipe leaves it to the calibration.
     """
 
     factors: np.ndarray
@@ -60,6 +61,7 @@ class LayerState:
     up: np.ndarray | None = None
     down: np.ndarray | None = None
     stages: tuple[Ranges, ...] = ()
+    formats: tuple[str, str] = ("", "")
 
     def of_stage(self, stage: int) -> LayerState:
         """The layer with the ranges of one stage."""
@@ -182,6 +184,7 @@ def _entry(layer: LayerState) -> dict[str, Any]:
         "rounding": "nearest" if layer.codes is None else "codes",
         "stages": [stage.input_clip for stage in layer.stages],
         "rank": 0 if layer.down is None else len(layer.down),
+        **({"formats": list(layer.formats)} if any(layer.formats) else {}),
     }
 
 
@@ -194,7 +197,8 @@ def _layer(name: str, entry: Mapping[str, Any], vectors: Mapping[str, np.ndarray
         bounds = {part: vectors[f"{name}:{at}:{part}"] for part in _BOUNDS}
         stages.append(Ranges(**bounds, input_clip=float(clip)))
     clips = {"input_clip": entry["input"]["clip"], "output_clip": entry["output"]["clip"]}
-    return LayerState(**parts, **clips, stages=tuple(stages))  # type: ignore[arg-type]
+    weights, activations = entry.get("formats", ("", ""))
+    return LayerState(**parts, **clips, stages=tuple(stages), formats=(weights, activations))  # type: ignore[arg-type]
 
 
 def _vectors_digest(vectors: Mapping[str, np.ndarray]) -> str:

@@ -14,20 +14,28 @@ ONNX Runtime's kernel for it is called for each single value: 285 ms for what bo
 Outputs have a scale for each channel where the placement allows ``channel_scales``: the weight and bias are divided by the channel's
 step d_o and the zero point z_o added to the bias, so Q has scale 1 and zero point 0; DQ has the scales d_o and the zero points z_o.
 Every output channel uses all of its 256 codes.
+
+Four-bit floating point is written by ``_float4.py``, products with ranges that are found at run time by ``_dynamic.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from edgediffusion.errors import ArgumentError
 from edgediffusion.optimize.graph_layers import Layer, find_layers, is_constant
-from edgediffusion.optimize.integers import E4M3_MAX, Affine, affine, channel_affine, e4m3_scale, spread, weight_codes, weight_scale
-from edgediffusion.optimize.passes._nodes import constant, drop_unread
-from edgediffusion.optimize.recipe import BITS, Placement, Recipe
+from edgediffusion.optimize.integers import E4M3_MAX, Affine, affine, channel_affine, e4m3_scale, weight_scale
+from edgediffusion.optimize.passes import _float4
+from edgediffusion.optimize.passes._additions import Additions
+from edgediffusion.optimize.passes._dynamic import DynamicProducts, add_token_functions
+from edgediffusion.optimize.passes._nodes import drop_unread
+from edgediffusion.optimize.passes._simulation import add_functions
+from edgediffusion.optimize.passes._weights import as_read, codes_of, output_axis, shape_as_read
+from edgediffusion.optimize.recipe import BITS, FLOAT4, Placement, Recipe
 from edgediffusion.optimize.state import LayerState
 
 _FLOAT8 = ir.DataType.FLOAT8E4M3FN
@@ -42,18 +50,42 @@ class Report:
 
 
 def insert_qdq(model: ir.Model, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> Report:
-    """Quantize ``model`` in place. ``states`` is keyed by layer (see ``graph_layers``)."""
+    """Quantize ``model`` in place. ``states`` is keyed by layer (see ``graph_layers``).
+
+    Raises:
+        ArgumentError: the graph's opset has no such number format.
+    """
+    _check_opset(model, recipe, placement)
     quantized, declined = [], {}
-    writer = _Writer(model.graph, placement)
+    writer = _Writer(model.graph, placement, recipe.dynamic)
     for layer in find_layers(model.graph):
         reason = _declines(layer, states, recipe, placement)
         if reason:
             declined[layer.name] = reason
             continue
-        writer.quantize(layer, states[layer.name], *recipe.formats(layer.name))
+        writer.quantize(layer, states[layer.name], *_formats(layer, states, recipe))
         quantized.append(layer.name)
+    writer.add_functions(model)
     _drop_unused(model.graph)
     return Report(tuple(quantized), declined)
+
+
+def _formats(layer: Layer, states: Mapping[str, LayerState], recipe: Recipe) -> tuple[str, str]:
+    """Formats of weights and activations; for ``fp4`` those that the calibration chose."""
+    weights, activations = recipe.formats(layer.name)
+    chosen = states[layer.name].formats
+    return (chosen[0] if weights == "fp4" else weights), (chosen[1] if activations == "fp4" else activations)
+
+
+def _check_opset(model: ir.Model, recipe: Recipe, placement: Placement) -> None:
+    opset = model.opset_imports.get("", 0)
+    if recipe.weights == "nvfp4" and not placement.simulates and opset < _float4.OPSET:
+        raise ArgumentError(
+            "The bundle's ONNX operator set has no four-bit floating point",
+            got=f"opset {opset}",
+            allowed=f"opset {_float4.OPSET} and newer",
+            do=f"Export again with --opset {_float4.OPSET}.",
+        )
 
 
 def _declines(layer: Layer, states: Mapping[str, LayerState], recipe: Recipe, placement: Placement) -> str | None:
@@ -65,20 +97,28 @@ def _declines(layer: Layer, states: Mapping[str, LayerState], recipe: Recipe, pl
         return "the calibration did not reach it"
     if states[layer.name].is_constant:
         return "its input never changed in the calibration, and a range of no width has no scale"
+    if recipe.formats(layer.name)[0] == "nvfp4":
+        return _float4.nvfp4_declines(layer, simulated=placement.simulates)
     return None
 
 
 class _Writer:
     """Adds nodes and initializers to one graph; remembers which tensors are quantized already."""
 
-    def __init__(self, graph: ir.Graph, placement: Placement):
-        self.graph, self.placement = graph, placement
+    def __init__(self, graph: ir.Graph, placement: Placement, dynamic: str):
+        self.graph, self.placement, self.add = graph, placement, Additions(graph)
         self.activations: dict[tuple[object, ...], ir.Value] = {}
         self.weights: dict[tuple[str, bool], ir.Value] = {}
-        self.names: dict[str, int] = {}
+        self.dynamic = DynamicProducts(self.add, dynamic)
+        self.simulated: set[str] = set()  # number formats that the model needs functions for
 
     def quantize(self, layer: Layer, state: LayerState, weights: str, activations: str) -> None:
         node = layer.node
+        if self.dynamic.way and node.op_type == "MatMul" and activations != "float":
+            if state.bias is not None:
+                self._set_bias(layer, state.bias)
+            self.dynamic.replace(layer, self._input(layer, state, "float"), state, weights, activations)
+            return
         node.replace_input_with(0, self._input(layer, state, activations))
         steps = None
         given = any(output is node.outputs[0] for output in self.graph.outputs)  # to the caller, who wants it as it is
@@ -88,6 +128,14 @@ class _Writer:
             self._set_bias(layer, state.bias)
         node.replace_input_with(1, self._weight(layer, state, weights, self._weight_kind(weights, activations), steps))
 
+    def add_functions(self, model: ir.Model) -> None:
+        """Give the model the functions that its new nodes call, and the names of their domains."""
+        add_functions(model, self.simulated)
+        if self.dynamic.way == "token":
+            add_token_functions(model)
+        if any(node.domain == _float4.TENSORRT for node in self.graph):
+            model.opset_imports[_float4.TENSORRT] = 1
+
     def _input(self, layer: Layer, state: LayerState, kind: str) -> ir.Value:
         """The layer's input divided by the factors, quantized and read back."""
         source = layer.node.inputs[0]
@@ -95,16 +143,24 @@ class _Writer:
         key = (source, kind, state.factors.tobytes(), *state.input_range())
         if key not in self.activations:
             value = self._divided(source, state.factors, layer) if (state.factors != 1).any() else source
-            if kind != "float":
+            if self._is_simulated(kind):
+                self.simulated.add(kind)
+                value = _float4.simulated_input(self.add, value, layer, kind, _largest(state))
+            elif kind == "nvfp4":
+                value = _float4.nvfp4_input(self.add, value, layer, _largest(state))
+            elif kind != "float":
                 value = self._pair(value, layer, self._quantizer(state.input_range(), kind), kind)
             self.activations[key] = value
         return self.activations[key]
 
+    def _is_simulated(self, kind: str) -> bool:
+        return kind in FLOAT4 or (self.placement.simulates and kind in ("nvfp4", "fp8"))
+
     def _divided(self, value: ir.Value, factors: np.ndarray, layer: Layer) -> ir.Value:
         shape = (-1, 1, 1) if layer.axis == 1 else (-1,)
         inverse = (1 / factors.astype(np.float64)).reshape(shape).astype(layer.dtype.numpy())
-        product = ir.node("Mul", [value, self._constant(f"{value.name}.balance", inverse)])
-        return self._made(product, f"{value.name}.balanced", value, layer.dtype, before=layer.node)
+        product = ir.node("Mul", [value, self.add.constant(f"{value.name}.balance", inverse)])
+        return self.add.made(product, f"{value.name}.balanced", value, layer.dtype, before=layer.node)
 
     def _quantizer(self, bounds: tuple[float, float], kind: str) -> Affine:
         if kind == "fp8":
@@ -116,9 +172,9 @@ class _Writer:
         code = _FLOAT8 if kind == "fp8" else ir.DataType[("" if self._signed else "U") + kind.upper()]
         parameters = (np.array(quantizer.scale, np.float32), np.array(quantizer.zero))
         q = self._node("QuantizeLinear", value, parameters, code, layer, layer.axis)
-        self._made(q, f"{value.name}.quantized", value, code, before=layer.node)
+        self.add.made(q, f"{value.name}.quantized", value, code, before=layer.node)
         dq = self._node("DequantizeLinear", q.outputs[0], parameters, code, layer, layer.axis)
-        return self._made(dq, f"{value.name}.dequantized", value, layer.dtype, before=layer.node)
+        return self.add.made(dq, f"{value.name}.dequantized", value, layer.dtype, before=layer.node)
 
     def _output(self, layer: Layer, state: LayerState) -> np.ndarray | None:
         """Quantize what the layer gives. With scales by channel, returns the steps [out] that its weight is divided by."""
@@ -135,9 +191,9 @@ class _Writer:
             quantizer = affine(*state.output_range(), 8, signed=self._signed)
             into = outof = (np.array(quantizer.scale), np.array(quantizer.zero))
         q = self._node("QuantizeLinear", output, into, code, layer, layer.axis)
-        self._made(q, f"{output.name}.quantized", output, code, after=node)
+        self.add.made(q, f"{output.name}.quantized", output, code, after=node)
         dq = self._node("DequantizeLinear", q.outputs[0], outof, code, layer, layer.axis)
-        read = self._made(dq, f"{output.name}.dequantized", output, layer.dtype, after=q)
+        read = self.add.made(dq, f"{output.name}.dequantized", output, layer.dtype, after=q)
         for use in uses:
             use.node.replace_input_with(use.idx, read)
         return steps
@@ -150,7 +206,7 @@ class _Writer:
 
     def _set_bias(self, layer: Layer, values: np.ndarray) -> None:
         """A learned or scaled bias; a matrix product has its own in the Add behind it, or none."""
-        node, bias = layer.node, self._constant(f"{layer.name}.bias.learned", values.astype(layer.dtype.numpy()))
+        node, bias = layer.node, self.add.constant(f"{layer.name}.bias.learned", values.astype(layer.dtype.numpy()))
         if node.op_type == "MatMul":
             self._add_bias(layer, bias)
             return
@@ -167,7 +223,7 @@ class _Writer:
                 uses[0].node.replace_input_with(1 - uses[0].idx, bias)
                 return
         added = ir.node("Add", [output, bias])
-        total = self._made(added, f"{output.name}.biased", output, layer.dtype, after=layer.node)
+        total = self.add.made(added, f"{output.name}.biased", output, layer.dtype, after=layer.node)
         for use in uses:
             use.node.replace_input_with(use.idx, total)
 
@@ -180,28 +236,33 @@ class _Writer:
         key = (layer.name, layer.transposed)
         if key in self.weights:
             return self.weights[key]
+        if weights == "nvfp4" and not self.placement.simulates:
+            self.weights[key] = _float4.nvfp4_weight(self.add, layer, state)
+        elif weights in (*FLOAT4, "nvfp4"):
+            self.weights[key] = _float4.simulated_weight(self.add, layer, state, weights)
+        else:
+            self.weights[key] = self._affine_weight(layer, state, weights, stored, steps)
+        return self.weights[key]
+
+    def _affine_weight(self, layer: Layer, state: LayerState, weights: str, stored: str, steps: np.ndarray | None) -> ir.Value:
         scale = e4m3_scale(state.weight_amax) if weights == "fp8" else weight_scale(state.weight_amax, BITS[weights])
         kind = _FLOAT8 if stored == "fp8" else ir.DataType[stored.upper()]
-        name = f"{layer.name}.weight"
-        assert layer.weight.const_value is not None
-        shape = tuple(layer.weight.const_value.shape.numpy())
-        shape = shape[::-1] if layer.transposed != layer.turned else shape  # of the codes, as the node reads them
-        q = self._later(
+        name, shape = f"{layer.name}.weight", shape_as_read(layer)
+        q = self.add.later(
             f"{name}.codes" + (".transposed" if layer.transposed else ""),
-            lambda: _codes(layer, state, weights, layer.transposed).astype(kind.numpy()),
+            lambda: as_read(codes_of(layer, state, weights), layer).astype(kind.numpy()),
             kind,
             shape,
         )
-        scale = scale.T if layer.transposed else scale
+        scale = as_read(scale, layer)
         read = np.ascontiguousarray(scale if steps is None else scale / steps).astype(np.float32)
-        axis = _output_axis(layer)
+        axis = output_axis(layer)
         if scale.ndim == 2:  # groups of inputs
             axis = 1 - axis
         dq = self._node("DequantizeLinear", q, (read, np.zeros(read.shape)), kind, layer, axis, name=name)
         if scale.ndim == 2:
             dq.attributes["block_size"] = ir.AttrInt64("block_size", shape[axis] // read.shape[axis])
-        self.weights[key] = self._made(dq, f"{name}.dequantized", q, layer.dtype, before=layer.node)
-        return self.weights[key]
+        return self.add.made(dq, f"{name}.dequantized", q, layer.dtype, before=layer.node)
 
     @property
     def _signed(self) -> bool:
@@ -221,61 +282,14 @@ class _Writer:
         """A Q or DQ node; ``parameters`` are its scale and zero point."""
         scale, zero = parameters
         stem = f"{name or value.name}.{'q' if kind == 'QuantizeLinear' else 'dq'}"
-        scales = self._constant(f"{stem}.scale", scale.astype(layer.dtype.numpy()))
-        zeros = self._constant(f"{stem}.zero_point", zero.astype(code.numpy()))
+        scales = self.add.constant(f"{stem}.scale", scale.astype(layer.dtype.numpy()))
+        zeros = self.add.constant(f"{stem}.zero_point", zero.astype(code.numpy()))
         return ir.node(kind, [value, scales, zeros], attributes={"axis": axis} if scale.ndim else {})
 
-    def _made(
-        self,
-        node: ir.Node,
-        name: str,
-        like: ir.Value,
-        dtype: ir.DataType,
-        *,
-        before: ir.Node | None = None,
-        after: ir.Node | None = None,
-    ) -> ir.Value:
-        """Put a node into the graph; returns its output, named and shaped like ``like``."""
-        output = node.outputs[0]
-        output.name, output.shape = self._unused(name), like.shape
-        output.dtype = dtype
-        if before is not None:
-            self.graph.insert_before(before, [node])
-        elif after is not None:
-            self.graph.insert_after(after, [node])
-        return output
 
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        return constant(self.graph, self._unused(name), array)
-
-    def _later(self, name: str, values: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-        """A constant that is computed when it is written, and not kept: a network's weights need not fit into memory."""
-        name = self._unused(name)
-        tensor = ir.LazyTensor(lambda: ir.tensor(values(), name=name), dtype, ir.Shape(shape), name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        self.graph.register_initializer(value)
-        return value
-
-    def _unused(self, name: str) -> str:
-        """The name, numbered where it is taken: one tensor may be quantized in several ways."""
-        taken = self.names.get(name, 0)
-        self.names[name] = taken + 1
-        return f"{name}.{taken}" if taken else name
-
-
-def _codes(layer: Layer, state: LayerState, weights: str, transposed: bool) -> np.ndarray:
-    """Codes [out, in, ...] of the layer's weight, or [in, out] where they are ``transposed``."""
-    codes = state.codes
-    if codes is None:
-        weight = layer.read_weight()
-        if weight.ndim > 1 and weight.shape[1] == len(state.factors):
-            weight = weight * state.factors.reshape(1, -1, *[1] * (weight.ndim - 2))
-        weight = state.without_branch(weight)
-        if weights == "fp8":
-            codes = np.clip(weight / spread(e4m3_scale(state.weight_amax), weight.shape), -E4M3_MAX, E4M3_MAX)
-        else:
-            codes = weight_codes(weight, weight_scale(state.weight_amax, BITS[weights]), BITS[weights])
-    return np.ascontiguousarray(codes.T) if transposed else codes
+def _largest(state: LayerState) -> float:
+    """Of the input's values, as they are quantized."""
+    return max(abs(bound) for bound in state.input_range())
 
 
 def _constant_of(value: ir.Value) -> np.ndarray:
@@ -285,14 +299,6 @@ def _constant_of(value: ir.Value) -> np.ndarray:
         value = producer.inputs[0]
     assert value.const_value is not None, value.name
     return value.const_value.numpy()
-
-
-def _output_axis(layer: Layer) -> int:
-    """The axis of the output channels in the weight as the node reads it."""
-    if layer.node.op_type == "Conv":
-        return 0
-    rank = layer.weight.shape.rank() if layer.weight.shape is not None else 2
-    return rank - 1 if layer.transposed else 0
 
 
 def _drop_unused(graph: ir.Graph) -> None:
