@@ -15,6 +15,7 @@ from edgediffusion import __version__, files
 from edgediffusion.bundle import Bundle, Component, Folded, Sampling, Verb, write
 from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.files import link_or_copy
+from edgediffusion.optimize.cuts import cut_again, parts_of
 from edgediffusion.optimize.graph_file import load_graph, store_weights
 from edgediffusion.registry import find
 from edgediffusion.runtimes.request import Plan, Request, plan
@@ -58,7 +59,8 @@ def fold(
     sampling, chosen = _foldable(bundle)
     settled = plan(Request("", num_inference_steps=steps, sampler=sampler), sampling)
     timesteps = tuple(dict.fromkeys(float(np.float32(point.timestep)) for point in settled.points.at))
-    folders = tuple(component.model.rsplit("/", 1)[0] + "/" for component in chosen)
+    cut_out = parts_of(bundle, chosen)
+    folders = tuple(component.model.rsplit("/", 1)[0] + "/" for component in (*chosen, *cut_out))
     replaced = [name for name in bundle.files if name.startswith(folders) and name.endswith((".onnx", ".safetensors"))]
     with files.new_folder(Path(output)) as folder:
         kept = [name for name in bundle.files if name not in replaced and not name.startswith("engines/")]
@@ -69,13 +71,14 @@ def fold(
             progress(f"folding {component.name}", at / len(chosen))
             reports[component.name] = asdict(_fold_graph(bundle, component, folder, settled, timesteps))
         progress("writing", 1.0)
+        components = cut_again(cut_out, bundle.components, folder)
         folded = Folded(settled.sampler_name, settled.steps, timesteps)
         arguments = {"sampler": folded.sampler, "steps": folded.steps, "graphs": reports}
         versions = {"edgediffusion": __version__, "onnx-ir": version("onnx-ir"), "onnxruntime": version("onnxruntime")}
         write(
             folder,
             family=bundle.family,
-            components=bundle.components,
+            components=tuple(components),
             sampling=replace(sampling, sampler=folded.sampler, steps=folded.steps, folded=folded),
             history=(*bundle.history, Verb("fold", arguments, versions)),
             known={name: bundle.files[name] for name in kept},

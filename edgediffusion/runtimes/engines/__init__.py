@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edgediffusion.bundle import TensorSpec
+from edgediffusion.bundle import TensorSpec, axis_size
 from edgediffusion.errors import EngineError
 
 NOT_SHARED: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -92,7 +92,8 @@ def resolve(spec: TensorSpec, axes: Mapping[str, int]) -> tuple[int, ...]:
     Raises:
         EngineError: an axis has no size.
     """
-    missing = [str(size) for size in spec.shape if not isinstance(size, int) and size not in axes]
+    sizes = [size if isinstance(size, int) else axis_size(size, axes) for size in spec.shape]
+    missing = [str(axis) for axis, size in zip(spec.shape, sizes, strict=True) if size is None]
     if missing:
         raise EngineError(f"The tensor '{spec.name}' has axes of unknown size", got=", ".join(missing), allowed=", ".join(axes) or "none")
-    return tuple(size if isinstance(size, int) else axes[size] for size in spec.shape)
+    return tuple(size for size in sizes if size is not None)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgediffusion.bundle import TensorSpec
+from edgediffusion.bundle import TensorSpec, axis_size
 from edgediffusion.errors import EngineError
 from edgediffusion.registry import require
 from edgediffusion.runtimes.engines import NOT_SHARED, NodeTime, allocate
@@ -131,7 +131,8 @@ class OnnxRuntimeSession:
             EngineError: ``axes`` lacks an axis of an input, the graph cannot run at these sizes, or a shared array does not fit.
         """
         inputs = allocate(self.inputs, axes, shared)
-        lacking = [s for s in self.outputs if s.name not in shared and not all(isinstance(n, int) or n in axes for n in s.shape)]
+        given = [spec for spec in self.outputs if spec.name not in shared]
+        lacking = [spec for spec in given if any(isinstance(n, str) and axis_size(n, axes) is None for n in spec.shape)]
         if lacking:
             with _mapped("ONNX Runtime could not run the graph"):
                 found = self._session.run([spec.name for spec in lacking], inputs)
