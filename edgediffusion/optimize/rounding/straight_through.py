@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from edgediffusion.optimize.integers import LOW_BITS
 from edgediffusion.optimize.rounding import Job
-from edgediffusion.optimize.rounding._fit import Settings, fit
+from edgediffusion.optimize.rounding._fit import Method, Parameters, Settings, fit
 from edgediffusion.optimize.simulate import NearestLayer, SimulatedLayer, StraightThroughLayer
 from edgediffusion.optimize.state import LayerState
 
@@ -21,15 +19,11 @@ SETTINGS = Settings()
 
 
 def round_weights(job: Job, settings: Settings = SETTINGS) -> dict[str, LayerState]:
-    def parameters(layers: Sequence[SimulatedLayer]) -> list[tuple[list[torch.nn.Parameter], float]]:
+    def parameters(layers: Sequence[SimulatedLayer]) -> Parameters:
         learned = [layer for layer in layers if isinstance(layer, StraightThroughLayer)]
         return [
             ([layer.latent for layer in learned], settings.rate_weights),
             ([layer.log_weight_step for layer in learned], settings.rate_steps),
         ]
 
-    return fit(job, settings, lambda bits: StraightThroughLayer if bits[0] <= LOW_BITS else NearestLayer, parameters, _no_penalty)
-
-
-def _no_penalty(layers: Sequence[SimulatedLayer], done: float) -> None:
-    return None
+    return fit(job, Method(settings, lambda bits: StraightThroughLayer if bits[0] <= LOW_BITS else NearestLayer, parameters))
