@@ -27,6 +27,7 @@ from edgediffusion.runtimes.loop import Loop, Result, Step, Timings, since
 from edgediffusion.runtimes.network import Graphs, Network, Policy
 from edgediffusion.runtimes.painting import Canvas, Start
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
+from edgediffusion.runtimes.samplers import refuse_company
 from edgediffusion.runtimes.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -211,6 +212,9 @@ class Pipeline:
         observe: Observe | None,
         correction: Starts | str | Path | None = None,
     ) -> Iterator[Step]:
+        cached = (plan.cache or self._policy) != caching.resolve(None)
+        company = {"a cache": cached, "a correction": correction is not None, "mask_image": start.keep is not None}
+        refuse_company(plan.sampler, plan.sampler_name, company)
         denoiser = replace(self._denoiser(plan, conditions, start.beside), observe=observe)
         corrector = correcting.start(correction, self.bundle, plan, denoiser, request.seed)
         denoiser = replace(denoiser, corrector=corrector)

@@ -20,13 +20,16 @@ A step may take several calls (Heun's method, the warm-up of PNDM). ``points`` t
 is called exactly once for each i in order, and each call is followed by a state, the one that the next call reads. Two
 entries may lie at one point. ``steps`` are the user's, ``len(points)`` the calls.
 
+A module may say ``PARALLEL = True``: it asks about several steps at once (_parallel.py). Then calls come out of order and may
+be repeated, while states are yielded as ever, so what counts calls or changes states in between cannot go with it.
+
 A sampler with options states them as a frozen dataclass ``Options`` (see options.py), which its functions take as their last
 argument; ``resolve`` binds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -35,6 +38,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from edgediffusion.bundle import NoiseSchedule
+from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.options import choose
 from edgediffusion.runtimes.schedules import Points
@@ -65,6 +69,20 @@ def resolve(text: str) -> tuple[str, Sampler]:
     chosen = choose("runtimes.samplers", text, kind="sampler")
     made = chosen.module if chosen.options is None else _Configured(chosen.module, chosen.options)
     return chosen.text, cast(Sampler, made)
+
+
+def refuse_company(sampler: Sampler, name: str, company: Mapping[str, bool]) -> None:
+    """Refuse what is there of ``company`` beside a sampler that is parallel in time.
+
+    Raises:
+        ArgumentError: something is, and the sampler is one.
+    """
+    present = [what for what, is_there in company.items() if is_there]
+    if present and getattr(sampler, "PARALLEL", False):
+        raise ArgumentError(
+            f"The sampler '{name}' asks about several steps at once, and cannot go with {' or '.join(present)}",
+            do="Leave that out, or take another sampler.",
+        )
 
 
 @dataclass(frozen=True)
