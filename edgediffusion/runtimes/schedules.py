@@ -8,7 +8,7 @@ timestep) with x = alpha x_0 + sigma noise, and x is what the network sees. A va
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -27,6 +27,16 @@ class Point:
     alpha: float
     sigma: float
     timestep: float
+
+    @property
+    def ratio(self) -> float:
+        """s = sigma / alpha, the noise level of Karras et al. 2022 (2206.00364); for alpha > 0."""
+        return self.sigma / self.alpha
+
+    @property
+    def half_log_snr(self) -> float:
+        """lambda = log(alpha / sigma) of Lu et al. 2022 (2206.00927); for alpha > 0, infinite at the clean picture."""
+        return math.log(self.alpha) - math.log(self.sigma) if self.sigma > 0 else math.inf
 
 
 CLEAN = Point(1.0, 0.0, 0.0)
@@ -93,16 +103,14 @@ def levels(schedule: NoiseSchedule, steps: int, *, with_end: bool = False) -> tu
     Levels are interpolated linearly between training timesteps; timesteps of a ramp linearly in log level, as diffusers does.
     """
     check_steps(steps, schedule.train_steps)
-    bars = alpha_bars(schedule, end=NEARLY_ZERO)
-    table, trained = np.sqrt((1.0 - bars) / bars), np.arange(len(bars))
-    chosen = _spacing(schedule.spacing)
+    table, chosen = _ratios(schedule), _spacing(schedule.spacing)
     if not hasattr(chosen.module, "ramp"):
         timesteps = spaced(schedule, steps, with_end=with_end)
-        return np.interp(timesteps, trained, table), timesteps
+        return np.interp(timesteps, np.arange(len(table)), table), timesteps
     whole = with_end and chosen.options.ends == "linspace"  # multistep solvers run over the whole table even in one step
     ends = spaced(replace(schedule, spacing=chosen.options.ends), 2 if whole else steps)[[0, -1]]
-    ramp = chosen.module.ramp(*np.interp(ends, trained, table).tolist(), steps, chosen.options)
-    return ramp, np.interp(np.log(ramp), np.log(table), trained)
+    ramp = chosen.module.ramp(*np.interp(ends, np.arange(len(table)), table).tolist(), steps, chosen.options)
+    return ramp, _timesteps_of(schedule, ramp)
 
 
 def spaced(schedule: NoiseSchedule, steps: int, *, with_end: bool = False) -> np.ndarray:
@@ -111,6 +119,20 @@ def spaced(schedule: NoiseSchedule, steps: int, *, with_end: bool = False) -> np
     chosen = _spacing(schedule.spacing)
     options = () if chosen.options is None else (chosen.options,)
     return check_timesteps(chosen.module.timesteps(schedule, steps, *options, with_end=with_end), schedule.train_steps)
+
+
+def _ratios(schedule: NoiseSchedule) -> np.ndarray:
+    """float64 [train_steps]: sigma / alpha at each training timestep, rounded to float32 as in diffusers' tables."""
+    bars = alpha_bars(schedule, end=NEARLY_ZERO).astype(np.float32)
+    ratios: np.ndarray = np.sqrt((np.float32(1) - bars) / bars).astype(np.float64)
+    return ratios
+
+
+def _timesteps_of(schedule: NoiseSchedule, ratios: np.ndarray) -> np.ndarray:
+    """Training timesteps of noise levels, fractions, linear in the logarithm of the level; its table is diffusers' in float32."""
+    logarithms = np.log(_ratios(schedule).astype(np.float32)).astype(np.float64)
+    timesteps: np.ndarray = np.interp(np.log(ratios), logarithms, np.arange(len(logarithms)))
+    return timesteps
 
 
 def is_ramp(schedule: NoiseSchedule) -> bool:
@@ -150,8 +172,22 @@ def interpolated(schedule: NoiseSchedule, steps: int) -> Points:
     return Points.chain(at, noise_scale=1.0 if _ends_leading(schedule) else at[0].sigma)
 
 
+def between_timesteps(schedule: NoiseSchedule, ratios: Sequence[float]) -> tuple[Point, ...]:
+    """Points of any noise level, at the fraction of a training timestep that it lies at."""
+    timesteps = _timesteps_of(schedule, np.array(ratios)).tolist()
+    return tuple(variance_exploding(r, t) for r, t in zip(ratios, timesteps, strict=True))
+
+
 def multistep(schedule: NoiseSchedule, steps: int) -> Points:
-    """The points of DPM-Solver and its relatives: the network is told whole timesteps, of a ramp the nearest to its levels."""
+    """The points of DPM-Solver and its relatives, where the network is told whole timesteps.
+
+    Of a ramp these are the nearest to its levels, or those below. A flow starts one training step below pure noise, where
+    lambda is finite.
+    """
+    check_steps(steps, schedule.train_steps)
+    if schedule.kind == "flow":
+        sigmas = shifted(schedule, 1.0 - np.linspace(1.0, 1.0 / schedule.train_steps, steps + 1))[::-1][:-1]
+        return Points.chain(tuple(Point(1.0 - s, s, float(int(s * schedule.train_steps))) for s in ramped(schedule, sigmas).tolist()))
     ratios, timesteps = levels(schedule, steps, with_end=True)
     if not is_ramp(schedule):
         bars = alpha_bars(schedule, end=NEARLY_ZERO)
@@ -159,6 +195,13 @@ def multistep(schedule: NoiseSchedule, steps: int) -> Points:
     # diffusers rounds Karras' timesteps, and cuts off the fraction of the others.
     whole = np.round(timesteps) if schedule.spacing.startswith("karras") else np.floor(timesteps)
     return Points.chain(tuple(variance_exploding(float(r), float(t)) for r, t in zip(ratios, whole, strict=True)))
+
+
+def ending_at_first_timestep(points: Points, schedule: NoiseSchedule) -> Points:
+    """The points with their end at the lowest noise level of the training, where the spacing is one of timesteps."""
+    if schedule.kind == "flow" or is_ramp(schedule):
+        return points
+    return replace(points, to=(*points.to[:-1], variance_preserving(alpha_bars(schedule), 0)))
 
 
 def _ends_leading(schedule: NoiseSchedule) -> bool:
@@ -229,3 +272,17 @@ def _zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     first, last = root[0], root[-1]
     bars = ((root - last) * (first / (first - last))) ** 2
     return np.float32(1) - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+
+
+def exponential_integral(polynomial: np.ndarray, start: float, rate: float) -> float:
+    """The integral of polynomial(u) e^{rate u} from ``start`` to 0; coefficients from the highest power, as np.poly has them.
+
+    By parts: the integral of p e^{ru} is e^{ru} (p / r - p' / r^2 + p'' / r^3 - ...).
+    """
+    total, derivative, sign = 0.0, np.asarray(polynomial, float), 1.0 / rate
+    while derivative.size:
+        total += sign * (float(derivative[-1]) - math.exp(rate * start) * float(np.polyval(derivative, start)))
+        derivative, sign = np.polyder(derivative), -sign / rate
+        if not derivative.any():
+            break
+    return total

@@ -63,9 +63,11 @@ def noise_left(residual: np.ndarray, run: Run) -> np.ndarray | None:
     noise_terms = getattr(run.sampler, "noise_terms", None)
     if noise_terms is None:
         return None
+    terms = [noise_terms(at, to) for at, to in run.points]
+    if not any(s > 0 for s, _ in terms):
+        return None
     part = np.ones_like(residual)
-    for i, (at, to) in enumerate(run.points):
-        s, c = noise_terms(at, to)
+    for i, ((s, c), at) in enumerate(zip(terms, run.points.at, strict=True)):
         sigma = residual[i] * abs(epsilon_gain(run.prediction, at))
         if s > 0:
             part[i] = np.sqrt(calibrated(s * s, c, sigma)) / s

@@ -25,7 +25,7 @@ def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise) -> Ite
     """A step goes down to s_down without noise, then up to s' by noise of variance s_up^2; s = sigma / alpha."""
     for i, (at, to) in enumerate(points):
         x0 = denoise(x, i)
-        s_down, s_up = _down_up(at, to)
+        s_down, s_up = down_up(at, to)
         epsilon = (x - at.alpha * x0) / at.sigma
         x = to.alpha * (x0 + s_down * epsilon + s_up * noise.normal(x.shape))
         yield x
@@ -36,11 +36,12 @@ def noise_terms(at: Point, to: Point) -> tuple[float, float]:
 
     Both are those of DDIM with eta = 1 (2010.02502, equation 12) where alpha^2 + sigma^2 = 1.
     """
-    s_down, s_up = _down_up(at, to)
+    s_down, s_up = down_up(at, to)
     return to.alpha * s_up, to.alpha * (s_down - at.sigma / at.alpha)
 
 
-def _down_up(at: Point, to: Point) -> tuple[float, float]:
-    s, s_next = at.sigma / at.alpha, to.sigma / to.alpha
+def down_up(at: Point, to: Point) -> tuple[float, float]:
+    """s_down and s_up of a step."""
+    s, s_next = at.ratio, to.ratio
     s_up = math.sqrt(s_next**2 * (s**2 - s_next**2) / s**2)
     return math.sqrt(s_next**2 - s_up**2), s_up
