@@ -30,7 +30,6 @@ MAGNITUDES: dict[str, tuple[float, ...]] = {
     "e1m2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
     "e3m0": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
-UNITS = {"e2m1": 2, "e1m2": 4, "e3m0": 4}  # magnitudes times these are integers, of int8 at most
 BLOCK = 16
 E2M1_MAX = MAGNITUDES["e2m1"][-1]
 SMALLEST_E4M3 = 2.0**-9

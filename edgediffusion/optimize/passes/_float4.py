@@ -10,7 +10,7 @@ TensorRT (``TRT_FP4DynamicQuantize`` is its own operator; s and b as in ``optimi
 Q and DQ of ONNX alone, with FLOAT4E2M1 and constant scales, are read too, but the engine then multiplies in float (docs/placements.md).
 
 Simulated: inputs go through ``edgediffusion.ReadE2M1`` or another function of the model itself, which rounds float numbers to those of
-the format; weights are int8, the codes' values times ``float4.UNITS``, so that a DQ reads them to the bit.
+the format; weights are the numbers that would be read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import onnx_ir as ir
 
 from edgediffusion.optimize.float4 import (
     BLOCK,
-    UNITS,
     float4_scale,
     nvfp4_block_scales,
     nvfp4_tensor_scale,
     nvfp4_values,
-    round_to,
+    read_float4,
 )
 from edgediffusion.optimize.graph_layers import Layer
-from edgediffusion.optimize.integers import e4m3_scale, spread
+from edgediffusion.optimize.integers import e4m3_scale
 from edgediffusion.optimize.passes._additions import Additions
 from edgediffusion.optimize.passes._simulation import DOMAIN, function_name
 from edgediffusion.optimize.passes._weights import as_read, balanced, output_axis, shape_as_read
@@ -93,28 +92,19 @@ def simulated_input(add: Additions, value: ir.Value, layer: Layer, kind: str, am
 
 
 def simulated_weight(add: Additions, layer: Layer, state: LayerState, kind: str) -> ir.Value:
-    """int8 values of a four-bit weight and the node that reads them."""
-    blocked = kind == "nvfp4"
-    unit = UNITS["e2m1" if blocked else kind]
-    tensor_scale = nvfp4_tensor_scale(float(state.weight_amax.max()))
+    """A weight as it is read back from a format: float numbers, since ONNX Runtime fuses a DQ of blocks with kernels that round inputs."""
 
     def values() -> np.ndarray:
         weight = balanced(layer, state)
-        if blocked:
-            found = nvfp4_values(weight, nvfp4_block_scales(weight, tensor_scale), tensor_scale)
-        else:
-            found = round_to((weight / spread(float4_scale(state.weight_amax, kind), weight.shape)).astype(np.float32), kind)
-        return as_read(found * unit, layer).astype(np.int8)
+        if kind != "nvfp4":
+            amax = state.weight_amax.reshape(-1, *[1] * (weight.ndim - 1))
+            return as_read(read_float4(weight.astype(np.float32), amax, kind), layer).astype(layer.dtype.numpy())
+        tensor_scale = nvfp4_tensor_scale(float(state.weight_amax.max()))
+        blocks = nvfp4_block_scales(weight, tensor_scale)
+        steps = np.repeat(blocks.astype(np.float32) * tensor_scale, BLOCK, 1)
+        return as_read(nvfp4_values(weight, blocks, tensor_scale) * steps, layer).astype(layer.dtype.numpy())
 
-    if blocked:
-        axis = 1 - output_axis(layer)
-        steps = as_read(nvfp4_block_scales(balanced(layer, state), tensor_scale).astype(np.float32) * tensor_scale, layer)
-    else:
-        axis, steps = output_axis(layer), float4_scale(state.weight_amax, kind)
-    name = f"{layer.name}.weight"
-    codes = add.later(f"{name}.codes", values, ir.DataType.INT8, shape_as_read(layer))
-    scale = add.constant(f"{name}.scale", (steps / unit).astype(layer.dtype.numpy()))
-    return _dequantize(add, codes, scale, f"{name}.dequantized", layer, axis=axis, blocked=blocked)
+    return add.later(f"{layer.name}.weight.read", values, layer.dtype, shape_as_read(layer))
 
 
 def _tensor_scale(amax: float, layer: Layer) -> np.ndarray:
@@ -123,9 +113,7 @@ def _tensor_scale(amax: float, layer: Layer) -> np.ndarray:
     return np.asarray(max(np.float32(np.finfo(dtype).tiny), nvfp4_tensor_scale(amax)), dtype)
 
 
-def _dequantize(
-    add: Additions, value: ir.Value, scale: ir.Value, name: str, layer: Layer, *, axis: int | None = None, blocked: bool = True
-) -> ir.Value:
-    attributes = {} if axis is None else {"axis": axis, **({"block_size": BLOCK} if blocked else {})}
+def _dequantize(add: Additions, value: ir.Value, scale: ir.Value, name: str, layer: Layer, *, axis: int | None = None) -> ir.Value:
+    attributes = {} if axis is None else {"axis": axis, "block_size": BLOCK}
     node = ir.node("DequantizeLinear", [value, scale], attributes)
     return add.made(node, name, value, layer.dtype, before=layer.node)
