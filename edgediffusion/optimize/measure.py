@@ -82,8 +82,12 @@ def measure(
     if recipe.activations in FLOAT4:
         layers |= _float4_inputs(module, feeds, layers, found, chosen, lambda part: progress("formats", part))
     rounding: ModuleType = registry.find("optimize.rounding", recipe.rounding)
-    job = Job(module, feeds, layers, chosen.recipe, seed, lambda part: progress("rounding weights", part), prefix, guidance_scale)
+    job = Job(module, feeds, dict(layers), chosen.recipe, seed, lambda part: progress("rounding weights", part), prefix, guidance_scale)
     layers.update(rounding.round_weights(job))
+    if recipe.temporal == "tiar":
+        from edgediffusion.optimize.temporal import tiar
+
+        layers.update(tiar(replace(job, progress=lambda part: progress("rounding the time embedding", part))))
     return {name.removeprefix(prefix): layer for name, layer in layers.items()}
 
 

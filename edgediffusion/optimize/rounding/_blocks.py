@@ -150,7 +150,7 @@ def _that_fit(job: Job, paths: Sequence[str]) -> list[int]:
         return 4 * (2 * sum(leaf.numel() for leaf in leaves) + sum(leaf.numel() for leaf in calls.output))
 
     room = max(1, BUDGET // max(map(size, paths)))
-    return np.unique(np.linspace(0, len(job.items) - 1, min(room, len(job.items))).astype(int)).tolist()
+    return [int(i) for i in np.unique(np.linspace(0, len(job.items) - 1, min(room, len(job.items))).astype(int))]
 
 
 def _fit_unit(
