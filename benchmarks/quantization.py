@@ -14,6 +14,8 @@ one scale for a tensor. The methods are added one after the other:
 
 With ``--strategies``, the calibration strategies are compared instead, with everything of the above but learning; with ``--papers``,
 what papers have for unequal channels, each beside balance none and search: ends, channels, mse and rounding to nearest in all rows.
+With ``--formats``, number formats and ranges at run time, each with ends and without balance, on matrix products alone: NVFP4 and ranges
+at run time are for these. What has no kernels in ONNX Runtime runs as simulated (optimize/placements/simulated.toml).
 Rows that are in the results already are not measured again; ``--fresh`` begins anew.
 """
 
@@ -59,10 +61,11 @@ def main() -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--strategies", dest="kind", action="store_const", const="strategies")
     kinds.add_argument("--papers", dest="kind", action="store_const", const="papers")
+    kinds.add_argument("--formats", dest="kind", action="store_const", const="formats")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--quick", action="store_true", help="leave out the methods that learn: on the transformer they take an hour each")
     arguments = parser.parse_args()
-    cases = {"methods": _methods, "strategies": _strategies, "papers": _papers}[kind := arguments.kind or "methods"]()
+    cases = {"methods": _methods, "strategies": _strategies, "papers": _papers, "formats": _formats}[kind := arguments.kind or "methods"]()
     every = cases
     if arguments.quick:
         cases = [case for case in cases if case[2].rounding in ("nearest", "gptq")]
@@ -215,6 +218,42 @@ def _papers() -> Sequence[_Case]:
         for way, changes in ways.items():
             if not (name == "W8A8" and "rank" in changes):  # a branch is for weights of few bits
                 cases.append((name, way, replace(recipe, **changes), placement, "uniform"))
+    return cases
+
+
+CONVOLUTIONS = ("conv", r"attentions\.\d+\.proj_(in|out)$")  # of the UNet; the transformer has none but the first layer
+
+
+def _formats() -> Sequence[_Case]:
+    token, group = {"dynamic": "token"}, {"dynamic": "token", "group": 32}
+    chosen = {"ranges": "mse"}
+    ways: list[tuple[str, str, str, str, dict[str, Any]]] = [
+        ("W8A8", "int8", "int8", "int8", {}),
+        ("W8A8", "int8, by tensor at run time", "int8", "int8", {"dynamic": "tensor"}),
+        ("W8A8", "int8, by token at run time", "int8", "int8", token),
+        ("W8A8", "int8, by token and 32 channels at run time", "int8", "int8", group),
+        ("W8A8", "E4M3 (fp8)", "fp8", "fp8", {}),
+        ("W4A4", "int4", "int4", "int4", {}),
+        ("W4A4", "E2M1", "e2m1", "e2m1", {}),
+        ("W4A4", "E3M0", "e3m0", "e3m0", {}),
+        ("W4A4", "E1M2", "e1m2", "e1m2", {}),
+        ("W4A4", "FP4 by layer", "fp4", "fp4", {}),
+        ("W4A4", "NVFP4", "nvfp4", "nvfp4", {}),
+        ("W4A4", "int4, by token at run time", "int4", "int4", token),
+        ("W4A4", "int4, by token and 32 channels at run time", "int4", "int4", group),
+        ("W4A4", "the same, gptq (Q-DiT)", "int4", "int4", {**group, "rounding": "gptq"}),
+        ("W4A4", "int4, mse", "int4", "int4", chosen),
+        ("W4A4", "FP4 by layer, mse", "fp4", "fp4", chosen),
+        ("W4A4", "the same, rotated (HQ-DiT)", "fp4", "fp4", {**chosen, "rotate": ("",)}),
+        ("W4A16", "int4, scales for 16 inputs", "int4", "float", {"group": 16}),
+        ("W4A16", "NVFP4", "nvfp4", "float", {}),
+    ]
+    integers, simulated = load_placement("onnxruntime_cpu"), load_placement("simulated")
+    cases = []
+    for name, method, weights, activations, changes in ways:
+        recipe = replace(Recipe(name, weights, activations, balance="none", exclude=CONVOLUTIONS), **changes)
+        placement = integers if weights.startswith("int") else simulated
+        cases.append((name, method, with_preset(recipe, "ends"), placement, "uniform"))
     return cases
 
 
