@@ -66,6 +66,7 @@ class Joined:
             BundleError: a graph reads what neither the loop nor a graph before it gives.
         """
         self.components = tuple(graph.component for graph in graphs)
+        self.user: Network | None = None  # whose call ran last
         self.arrays: dict[str, np.ndarray] = {}
         self._bindings: dict[str, Binding] = {}
         for graph in graphs:
@@ -135,18 +136,18 @@ class Graphs:
 
 
 def in_order(policy: Policy, graphs: Joined, calls: int) -> Network:
-    """A network that forgets what it kept unless its calls come one after the other.
+    """A network that forgets what it kept unless its calls come one after the other, and nobody else's in between.
 
     A call out of order is one of another trajectory, or others in between had another number of rows: where guidance is off
-    for a while, what was kept before is too old.
+    for a while, what was kept before is too old. And another loop that uses the same buffers has overwritten it.
     """
     network, expected = policy.start(graphs, calls), 0
 
     def ask(call: Call) -> np.ndarray:
         nonlocal network, expected
-        if call.number != expected:
+        if call.number != expected or graphs.user is not ask:
             network = policy.start(graphs, calls)
-        expected = call.number + 1
+        graphs.user, expected = ask, call.number + 1
         return network(call)
 
     return ask
