@@ -193,8 +193,11 @@ def _quantize_graph(bundle: Bundle, component: Component, part: Component, stage
     prefix = f"{component.name}/"
     layers = {name.removeprefix(prefix): layer for name, layer in job.state.layers.items() if name.startswith(prefix)}
     states = {name: layer.of_stage(stage) for name, layer in layers.items()}
-    model = prepared_graph(bundle.path / component.model, job.recipe)
+    model = load_graph(bundle.path / component.model)
+    given = Given(model.graph)
+    _prepare(model, job.recipe)
     report = quantize_model(model, {n: s for n, s in states.items() if n not in job.kept}, job.recipe, job.placement)
+    given.restore()
     target = folder / part.model
     target.parent.mkdir(exist_ok=True)
     store_weights(model, target.parent)
@@ -207,20 +210,24 @@ def quantize_model(model: Any, states: Mapping[str, LayerState], recipe: Recipe,
     from edgediffusion.optimize.passes.add_low_rank import add_low_rank, places
     from edgediffusion.optimize.passes.insert_qdq import insert_qdq
 
-    given = Given(model.graph)
     branches = places(model, states)
     report = insert_qdq(model, states, recipe, placement)
     add_low_rank(model, branches)
-    given.restore()
     return report
 
 
 def prepared_graph(file: Path, recipe: Recipe) -> Any:
-    """A float graph with the layers that a recipe quantizes: split and rotated where it asks for that."""
+    """A float graph with the layers that a recipe quantizes. It gives the prediction and nothing for cuts, which are no layers."""
+    model = load_graph(file)
+    del model.graph.outputs[1:]
+    _prepare(model, recipe)
+    return model
+
+
+def _prepare(model: Any, recipe: Recipe) -> None:
+    """Split and rotate layers where the recipe asks for that."""
     from edgediffusion.optimize.passes.rotate import rotatable, rotate
     from edgediffusion.optimize.passes.split_concat import joined, split_concat
 
-    model = load_graph(file)
     split_concat(model, joined(model, recipe))
     rotate(model, rotatable(model, recipe))
-    return model
