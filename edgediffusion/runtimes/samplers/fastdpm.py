@@ -17,7 +17,7 @@ from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.options import check_choice, check_range
-from edgediffusion.runtimes.samplers import Denoise
+from edgediffusion.runtimes.samplers import Denoise, ddim
 from edgediffusion.runtimes.schedules import Point, Points, alpha_bars, check_steps, require_kind, spaced, variance_preserving
 
 ORDER = 0.0
@@ -77,25 +77,11 @@ def variances(bars: np.ndarray, steps: int, table: str) -> np.ndarray:
 
 
 def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, options: Options = DEFAULT) -> Iterator[np.ndarray]:
-    """Equation 12 of DDIM (2010.02502), s being its sigma."""
-    for i, (at, to) in enumerate(points):
-        x0 = denoise(x, i)
-        s = options.kappa * spread(at, to)
-        x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - s**2, 0.0)) * ((x - at.alpha * x0) / at.sigma)
-        if s > 0:
-            x = x + s * noise.normal(x.shape)
-        yield x
+    return ddim.sample(denoise, x, points, noise, ddim.Options(options.kappa))
 
 
 def noise_terms(at: Point, to: Point, options: Options = DEFAULT) -> tuple[float, float]:
-    """x_0 moves by -sigma / alpha for an error of epsilon of one."""
-    s = options.kappa * spread(at, to)
-    return s, math.sqrt(max(to.sigma**2 - s**2, 0.0)) - to.alpha * at.sigma / at.alpha
-
-
-def spread(at: Point, to: Point) -> float:
-    """The deviation of DDPM's posterior: sigma' / sigma sqrt(1 - alpha^2 / alpha'^2)."""
-    return to.sigma / at.sigma * math.sqrt(max(1.0 - (at.alpha / to.alpha) ** 2, 0.0))
+    return ddim.noise_terms(at, to, ddim.Options(options.kappa))
 
 
 def _bisect(falling: Callable[[float], float], low: float, high: float, target: float) -> float:

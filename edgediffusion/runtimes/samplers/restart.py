@@ -17,7 +17,7 @@ from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.options import check_range
 from edgediffusion.runtimes.samplers import Denoise
-from edgediffusion.runtimes.schedules import NEARLY_ZERO, Point, Points, alpha_bars, interpolated, require_kind, variance_exploding
+from edgediffusion.runtimes.schedules import Point, Points, between_timesteps, interpolated, require_kind
 
 ORDER = 0.0
 KIND = "diffusion"
@@ -81,16 +81,14 @@ def points(schedule: NoiseSchedule, steps: int, options: Options = DEFAULT) -> P
     """
     require_kind(schedule, "restart", is_flow=False)
     walk = interpolated(schedule, steps)
-    bars = alpha_bars(schedule, end=NEARLY_ZERO)
-    table = np.sqrt((1.0 - bars) / bars)
-    main = [at.sigma / at.alpha for at in walk.at]
+    main = [at.ratio for at in walk.at]
     begun = {int(np.argmin(np.abs(np.array(main) - r.t_min))): r for r in restarts(options.table)}
     at: list[Point] = []
     for i, point in enumerate(walk.at):
         at.append(point)
         if i > 0:
             if (restart := begun.get(i)) and main[i] < restart.t_max:
-                at.extend(_walk(restart, point, main[0], table) * restart.times)
+                at.extend(_walk(schedule, restart, point, main[0]) * restart.times)
             at.append(point)  # once as the end of a step, once more as the beginning of the next
     return Points.chain(tuple(at), noise_scale=walk.noise_scale)
 
@@ -100,15 +98,15 @@ def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, option
     at = points.at
     for i in range(0, len(at) - 1, 2):
         begin, end = at[i], at[i + 1]
-        step = _level(end) - _level(begin)
+        step = end.ratio - begin.ratio
         d = (x - begin.alpha * denoise(x, i)) / begin.sigma
         euler = end.alpha * (x / begin.alpha + step * d)
         yield euler
         d = (d + (euler - end.alpha * denoise(euler, i + 1)) / end.sigma) / 2
         x = x / begin.alpha + step * d
         back = at[i + 2]
-        if _level(back) > _level(end):
-            lacking = math.sqrt(_level(back) ** 2 - _level(end) ** 2)
+        if back.ratio > end.ratio:
+            lacking = math.sqrt(back.ratio**2 - end.ratio**2)
             x = x + options.noise * lacking * noise.normal(x.shape)
         x = back.alpha * x
         yield x
@@ -117,18 +115,13 @@ def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, option
     yield to.alpha * x0 + to.sigma * ((x - last.alpha * x0) / last.sigma)
 
 
-def _walk(restart: Restart, end: Point, most: float, table: np.ndarray) -> list[Point]:
+def _walk(schedule: NoiseSchedule, restart: Restart, end: Point, most: float) -> list[Point]:
     """The points of one restart, down to ``end``, each inner one twice."""
     if restart.t_max > most:
         raise ArgumentError(
             "A restart leads above the noise that sampling starts from", got=f"t_max {restart.t_max:g}", allowed=f"{most:g}"
         )
-    ends = (restart.t_max ** (1 / RHO), _level(end) ** (1 / RHO))
+    ends = (restart.t_max ** (1 / RHO), end.ratio ** (1 / RHO))
     levels = np.linspace(*ends, restart.levels)[:-1] ** RHO
-    timesteps = np.interp(np.log(levels), np.log(table), np.arange(len(table)))
-    first, *inner = (variance_exploding(level, t) for level, t in zip(levels.tolist(), timesteps.tolist(), strict=True))
+    first, *inner = between_timesteps(schedule, levels.tolist())
     return [first, *(point for point in inner for _ in range(2)), end]
-
-
-def _level(point: Point) -> float:
-    return point.sigma / point.alpha

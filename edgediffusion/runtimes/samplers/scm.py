@@ -20,7 +20,7 @@ from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.options import check_range
 from edgediffusion.runtimes.samplers import Denoise
-from edgediffusion.runtimes.schedules import NEARLY_ZERO, Points, alpha_bars, check_steps, flow, variance_exploding
+from edgediffusion.runtimes.schedules import NEARLY_ZERO, Points, alpha_bars, between_timesteps, check_steps, flow
 
 ORDER = 0.0
 KIND = "both"
@@ -52,11 +52,9 @@ def points(schedule: NoiseSchedule, steps: int, options: Options = DEFAULT) -> P
     angles = np.array([options.largest, options.middle]) if steps == 2 else np.linspace(options.largest, 0, steps + 1)[:-1]
     if schedule.kind == "flow":
         return flow(schedule, np.sin(angles) / (np.cos(angles) + np.sin(angles)))
-    bars = alpha_bars(schedule, end=NEARLY_ZERO)
-    table = np.sqrt((1.0 - bars) / bars)
-    levels = np.tan(np.minimum(angles, math.atan(table[-1])))
-    timesteps = np.interp(np.log(levels), np.log(table), np.arange(len(table)))
-    return Points.chain(tuple(variance_exploding(level, t) for level, t in zip(levels.tolist(), timesteps.tolist(), strict=True)))
+    last = float(alpha_bars(schedule, end=NEARLY_ZERO)[-1])
+    ratios = np.minimum(np.tan(angles), math.sqrt((1.0 - last) / last))
+    return Points.chain(between_timesteps(schedule, ratios.tolist()))
 
 
 def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, options: Options = DEFAULT) -> Iterator[np.ndarray]:
