@@ -1,7 +1,8 @@
 """The same model and bits with other tools, in one run, against ours: python benchmarks/other_quantizers.py fashion
 
 Every tool gets the same float32 graph and the same 256 calibration items, quantizes to W8A8 as its own documents say
-(_peers.py), and runs on the engine it is made for. Quality: pictures of the judge's prompts, the bundle's own sampler, 20 steps,
+(_peers.py), and runs on the engine it is made for. ModelOpt in torch, W8A8 and W4A8, is drawn with as its own modules simulate it
+(_peers_torch.py): these have no time and no size. Quality: pictures of the judge's prompts, the bundle's own sampler, 20 steps,
 guidance 3, against the float pipeline's from the same noise. Latency: one guided step of one picture (two rows), all variants in
 turn in one process; ratios of medians are to float32 on ONNX Runtime.
 
@@ -19,7 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import _peers
 import numpy as np
 from _peers_engines import ENGINES, open_foreign, plain_graph, use_library
+from _peers_torch import TorchSession, quantized
 from _report import REFERENCE, RESULTS, save
 from quantization import BATCH, GUIDANCE, SAMPLES, STEPS, _figures
 
@@ -54,7 +56,8 @@ FLOAT = ("float32", "onnxruntime")
 
 @dataclass(frozen=True)
 class Variant:
-    """A quantized denoiser: ``maker`` is a tool of _peers.py, or one of our recipes on a placement (``recipe@placement``)."""
+    """A quantized denoiser: ``maker`` is a tool of _peers.py, one of our recipes on a placement (``recipe@placement``), or for the
+    engine ``torch`` a setting of _peers_torch.py."""
 
     tool: str
     maker: str
@@ -80,7 +83,16 @@ VARIANTS = (
     Variant("nncf, of OpenVINO", "nncf-openvino", "openvino f32"),
     Variant("modelopt, entropy", "modelopt-entropy", "onnxruntime"),
     Variant("modelopt, max", "modelopt-max", "onnxruntime"),
+    Variant("modelopt in torch, max", "w8a8-max", "torch"),
+    Variant("modelopt in torch, SmoothQuant", "w8a8-smoothquant", "torch"),
+    Variant("W4A8: modelopt in torch, max", "w4a8-max", "torch"),
+    Variant("W4A8: modelopt in torch, mse", "w4a8-mse", "torch"),
+    Variant("W4A8: modelopt in torch, AWQ", "w4a8-awq", "torch"),
+    Variant("W4A8: modelopt in torch, SVDQuant", "w4a8-svdquant", "torch"),
+    Variant("W4A8: edgediffusion, gptq", "w4a8-gptq@onnxruntime-cpu", "onnxruntime"),
+    Variant("W4A8: edgediffusion w4a8", "w4a8@onnxruntime-cpu", "onnxruntime"),
 )
+RECIPES = {"w4a8-gptq": replace(load_recipe("w4a8"), rounding="gptq")}  # beside those that ship
 
 
 def main() -> None:
@@ -89,7 +101,10 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--runs", type=int, default=60, help="timed steps of each variant")
     parser.add_argument("--work", type=Path, help="where environment, graphs and items are made and found again; else a temporary folder")
-    parser.add_argument("--timing", action="store_true", help="time the variants, and leave their pictures as they are in the results")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--timing", action="store_true", help="time the variants, and leave their pictures as they are in the results")
+    parts.add_argument("--pictures-only", action="store_true", help="draw what is not in the results, and leave times as they are there")
+    parser.add_argument("--only", default="", help="variants whose tool has this text in its name")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
     name = f"other_quantizers_{arguments.model.replace('-', '_')}"
@@ -97,12 +112,13 @@ def main() -> None:
     rows = {} if arguments.fresh else _known(name, arguments.pictures)
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(arguments.model, (arguments.work or Path(folder)).resolve(), arguments.pictures)
-        for variant in [] if arguments.timing else [v for v in bench.variants if v.key not in rows]:
+        wanted = [v for v in bench.variants if arguments.only in v.tool]
+        for variant in [] if arguments.timing else [v for v in wanted if v.key not in rows]:
             rows[variant.key] = {"model": arguments.model, "tool": variant.tool, "engine": variant.engine, **bench.score(variant)}
             save(name, {**facts, "rows": [*rows.values()]})
-        timed = bench.times([v for v in bench.variants if "bytes" in rows.get(v.key, {})], arguments.runs)
-    for key, step in timed.items():
-        rows[key]["step"] = step
+        timed = [] if arguments.pictures_only else [v for v in bench.variants if "bytes" in rows.get(v.key, {})]
+        for key, step in bench.times(timed, arguments.runs).items() if timed else ():
+            rows[key]["step"] = step
     save(name, {**facts, "runs": arguments.runs, "rows": [*rows.values()]})
     print(text.markdown_table(HEAD, [shown(row) for row in rows.values()]))
 
@@ -120,7 +136,7 @@ def shown(row: Mapping[str, Any]) -> list[str]:
     cells += [f"{row['ssim']:.4f}", f"{frechet['value']:.1f} ({frechet['low']:.1f}..{frechet['high']:.1f})", f"{row['agreement']:.1%}"]
     step = row.get("step")
     times = ["", ""] if step is None else [f"{step['ratio']:.2f}", f"{step['p10']:.2f}..{step['p90']:.2f}"]
-    return [*cells, *times, text.size(row["bytes"])]
+    return [*cells, *times, text.size(row["bytes"]) if "bytes" in row else ""]
 
 
 def _known(name: str, pictures: int) -> dict[tuple[str, str], dict[str, Any]]:
@@ -137,12 +153,10 @@ class _Bench:
         self.model, self.work, self.pictures = model, work / model, pictures
         self.judge = judges.load("fashion")
         self.prompts = [self.judge.prompts[i % len(self.judge.prompts)] for i in range(pictures)]
+        self._environment = work / "environment"
         with Progress() as progress:
-            progress("making the tools' environment", 0.0)
-            self.python = _peers.environment(work / "environment")
             bundle = self.work / "bundle"
             self.bundle = Bundle.open(bundle) if bundle.exists() else self._export(bundle, progress)
-        use_library(self.python)
         (self.denoiser,) = self.bundle.with_role("denoise")
         sessions = open_graphs(self.bundle, ("encode", "decode"), target="onnx", threads=None)
         self._others = {graph.name: graph.session for graph in sessions}
@@ -150,11 +164,22 @@ class _Bench:
         self.variants = tuple(v for v in VARIANTS if "@" not in v.maker or v.maker.split("@")[1] in placements)
 
     @cached_property
+    def _python(self) -> Path:
+        """The tools' environment."""
+        with Progress() as progress:
+            progress("making the tools' environment", 0.0)
+            return _peers.environment(self._environment)
+
+    @cached_property
     def _reference(self) -> Reference:
         return Reference(self._draw(self._float, VARIANTS[0]), prompts=self.prompts, judge=self.judge)
 
     def score(self, variant: Variant) -> dict[str, Any]:
         """Pictures' figures, the bytes of the graph with its weights, and the tool's version; or why there are none."""
+        if variant.engine == "torch":
+            return self._score_torch(variant)
+        if variant.engine.startswith("openvino"):
+            use_library(self._python)
         try:
             graph, made = self.made(variant)
             pixels = self._draw(graph, variant)
@@ -166,8 +191,16 @@ class _Bench:
         size = sum(file.stat().st_size for file in _files_of(graph))
         return {**made, **_figures(self._reference.measure(pixels)), "bytes": size}
 
+    def _score_torch(self, variant: Variant) -> dict[str, Any]:
+        """Pictures' figures of a module that simulates; it has no graph."""
+        feeds = [item.feeds for item in self._items.items]
+        module, used = quantized(Source.open(REFERENCE / self.model), self.denoiser, feeds, variant.maker)
+        pixels = self._draw_with(TorchSession(module, self.denoiser), variant)
+        return {"version": used, **_figures(self._reference.measure(pixels))}
+
     def times(self, variants: Sequence[Variant], runs: int) -> dict[tuple[str, str], dict[str, Any]]:
         """One guided step of one picture, by the variants' keys; ratios are to the float32 of ``FLOAT``."""
+        use_library(self._python)
         tried = [(variant, engine) for variant in variants for engine in _engines(variant)]
         with Progress() as progress:
             bindings = {}
@@ -228,7 +261,7 @@ class _Bench:
         with Progress() as progress:
             if not state.exists():
                 origin = Source.open(REFERENCE / self.model)
-                state_of(self.bundle, origin, self._items, load_recipe(recipe), progress=progress).save(state)
+                state_of(self.bundle, origin, self._items, RECIPES.get(recipe) or load_recipe(recipe), progress=progress).save(state)
             quantize(self.bundle, state, folder, placement=load_placement(placement), progress=progress)
 
     def _theirs(self, variant: Variant, output: Path) -> str:
@@ -236,12 +269,14 @@ class _Bench:
         with tempfile.TemporaryDirectory() as folder, Progress() as progress:
             progress(f"{variant.tool}", 0.0)
             np.savez(Path(folder) / "items.npz", **{name: np.stack([item.feeds[name] for item in items]) for name in items[0].feeds})
-            command = [self.python, _peers.__file__, variant.maker, plain, Path(folder) / "items.npz", output]
+            command = [self._python, _peers.__file__, variant.maker, plain, Path(folder) / "items.npz", output]
             done = subprocess.run(command, check=True, cwd=folder, capture_output=True, text=True)
         return done.stdout.strip().splitlines()[-1]
 
     def _draw(self, graph: Path, variant: Variant) -> np.ndarray:
-        session = self._first_that_loads(graph, variant)
+        return self._draw_with(self._first_that_loads(graph, variant), variant)
+
+    def _draw_with(self, session: Any, variant: Variant) -> np.ndarray:
         sessions = {**self._others, self.denoiser.name: session}
         pipeline, parts = Pipeline(self.bundle, sessions), []
         with Progress() as progress:

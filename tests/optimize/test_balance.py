@@ -1,5 +1,7 @@
 """Balancing methods: goldens of the papers' formulas, and what every method of the folder must hold."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from edgediffusion import registry
 from edgediffusion.optimize.balance import balanced
 from edgediffusion.optimize.balance.csb import salience, spearman
 from edgediffusion.optimize.balance.search import expected_error
+from edgediffusion.optimize.integers import best_weight_amax, weight_codes, weight_scale
 from edgediffusion.optimize.observe import observe
-from edgediffusion.optimize.observed import Channels, Observed
+from edgediffusion.optimize.observed import Channels
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +67,33 @@ def test_the_search_is_at_least_as_good_as_every_other_by_its_own_measure(layer,
     assert errors["search"] <= min(errors["none"], errors["smoothquant"]) * 1.0001
 
 
-def test_at_eight_bits_a_multiplication_must_halve_the_error(layer):
-    """Channels that are nearly alike stay as they are, though some balance would be a little better."""
+def test_at_eight_bits_a_multiplication_must_save_what_shows(layer):
+    """The same layer with an output a thousand times larger: what balancing saves is no longer seen in it."""
     search = registry.find("optimize.balance", "search")
-    rng = np.random.default_rng(0)
-    alike = Observed(lambda: rng.standard_normal((5, 6)).astype(np.float32), 1, Channels.none(6), Channels.none(5))
-    largest = np.array([1, 1.2, 0.9, 1.1, 1, 0.8], np.float32)
-    alike.input.add(-largest, largest, largest.astype(float) ** 2, 3)
-    assert (search.factors([alike], (8, 8)) == 1).all()
-    assert (search.factors([alike], (4, 4)) != 1).any()
+    loud = Channels(layer.output.low, layer.output.high, layer.output.squares * 1e6, layer.output.count)
+    quiet = replace(layer, output=loud)
     assert (search.factors([layer], (8, 8)) != 1).any()
+    assert (search.factors([quiet], (8, 8)) == 1).all()
+    assert (search.factors([quiet], (4, 8)) != 1).any()
+
+
+def test_the_error_of_weights_that_are_cut_is_the_measured_one():
+    """One weight of four bits, cut where that is best: the formula meets the experiment, and what it said without cutting is more."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 16))
+    x = rng.standard_normal((2000, 64)).astype(np.float32)
+    seen = observe(module, [(0, {"input": x})])["0"]
+    with torch.no_grad():
+        module[0].weight.copy_(torch.from_numpy(rng.laplace(size=(16, 64))))
+    amax = best_weight_amax(seen.weight, np.broadcast_to(seen.input.mean_square, (16, 64)), 4)
+    scale = weight_scale(amax, 4)
+    read = weight_codes(seen.weight, scale, 4) * scale[:, None]
+    measured = ((x @ read.T - x @ seen.weight.T) ** 2).mean(0).sum()
+    ones = np.ones(64, np.float32)
+    assert expected_error(seen, ones, (4, 16), cut=True) == pytest.approx(measured, rel=0.2)
+    assert expected_error(seen, ones, (4, 16)) > 1.1 * measured
+    assert expected_error(seen, ones, (4, 4), cut=True) == expected_error(seen, ones, (4, 4))
 
 
 def test_the_expected_error_is_the_measured_one(layer):
