@@ -56,9 +56,16 @@ class Drawn:
 
 
 def draw(
-    bundle: Path, prompts: Sequence[str], drawing: Drawing, *, target: str | None, progress: Callable[[str, float], None], **options: Any
+    bundle: Path,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    *,
+    target: str | None,
+    progress: Callable[[str, float], None],
+    cache: str | None = None,
+    **options: Any,
 ) -> Drawn:
-    """Draw and write the pictures as ``drawing`` says. ``options`` are those of ``runtimes.Request``."""
+    """Draw and write the pictures as ``drawing`` says. ``options`` are the others of ``runtimes.Request``."""
     files = drawing.files(len(prompts) * options["num_images"])
     require("PIL", extra="cpu", purpose="Writing a picture")
     from edgediffusion.runtimes import Pipeline
@@ -67,8 +74,8 @@ def draw(
     progress("loading", 0.0)
     opened = Bundle.open(bundle)
     if opened.sampling is not None:  # what cannot be drawn is refused before minutes of loading
-        plan(Request(prompts, **{name: value for name, value in options.items() if name != "correction"}), opened.sampling)
-    pipeline = Pipeline.from_bundle(opened, target=target)
+        plan(Request(prompts, cache=cache, **{name: value for name, value in options.items() if name != "correction"}), opened.sampling)
+    pipeline = Pipeline.from_bundle(opened, target=target, cache=cache)
     result = pipeline(prompts, callback=lambda step: progress("sampling", (step.index + 1) / step.total), **options)
     pictures = result.images if len(files) > 1 else [grid(result.images)]
     for file, picture in zip(files, pictures, strict=True):

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from edgediffusion.registry import names
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
@@ -22,6 +24,14 @@ steps_option = click.option(
 )
 guidance_option = click.option(
     "--guidance-scale", type=click.FloatRange(min=0), default=None, help="How strongly the prompt pulls; the bundle says by default."
+)
+
+
+cache_option = click.option(
+    "--cache",
+    default=None,
+    metavar="POLICY",
+    help=f"One of: {', '.join(names('runtimes.caching'))}; may end in options, as fora:interval=3.",
 )
 
 

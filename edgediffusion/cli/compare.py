@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from edgediffusion.cli._options import bundle_argument, engines_option, guidance_option, json_option, seed_option, steps_option
+from edgediffusion.cli._options import (
+    bundle_argument,
+    cache_option,
+    engines_option,
+    guidance_option,
+    json_option,
+    seed_option,
+    steps_option,
+)
 
 
 @click.command()
@@ -21,6 +29,7 @@ from edgediffusion.cli._options import bundle_argument, engines_option, guidance
 )
 @steps_option
 @guidance_option
+@cache_option
 @seed_option
 @engines_option
 @json_option
@@ -28,12 +37,13 @@ def command(bundle: Path, reference: Path, prompts: Iterable[str] | None, judge:
     """Compare the pictures of a BUNDLE with those of a REFERENCE.
 
     Both draw the same prompts from the same noise. Tells how near their pictures are to each other and, with a judge, how
-    near both are to real ones and to their prompts; every figure with an interval.
+    near both are to real ones and to their prompts; every figure with an interval. --cache is for the BUNDLE alone.
 
     \b
     Example:
       edgediffusion compare bundle-int8 bundle --prompts prompts.txt
       edgediffusion compare bundle-int8 bundle --judge fashion --samples 512
+      edgediffusion compare bundle bundle --cache deepcache:interval=3 --prompts prompts.txt
     """
     from edgediffusion.bundle import Bundle
     from edgediffusion.cli._progress import Progress

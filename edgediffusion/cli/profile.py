@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edgediffusion.cli._options import bundle_argument, engines_option, json_option
+from edgediffusion.cli._options import bundle_argument, cache_option, engines_option, json_option
 
 
 @click.command()
@@ -15,11 +15,12 @@ from edgediffusion.cli._options import bundle_argument, engines_option, json_opt
 @click.option(
     "--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Sampling steps of the run that peak memory is read from."
 )
+@cache_option
 @json_option
-def command(bundle: Path, target: str | None, runs: int, warmup: int, steps: int, as_json: bool) -> None:
+def command(bundle: Path, target: str | None, runs: int, warmup: int, steps: int, cache: str | None, as_json: bool) -> None:
     """Measure how long every part of a BUNDLE takes.
 
-    Latency of each component and step, load time, peak memory and size, on this machine.
+    Latency of each component and step, load time, peak memory and size, on this machine. With --cache, what a step takes then as well.
 
     \b
     Example:
@@ -32,5 +33,5 @@ def command(bundle: Path, target: str | None, runs: int, warmup: int, steps: int
     from edgediffusion.profiles.report import profile_table
 
     with Progress() as progress:
-        measured = profile(Bundle.open(bundle), target=target, runs=runs, warmup=warmup, steps=steps, progress=progress)
+        measured = profile(Bundle.open(bundle), target=target, runs=runs, warmup=warmup, steps=steps, cache=cache, progress=progress)
     show(measured, profile_table(measured), as_json=as_json)

@@ -7,6 +7,7 @@ import click
 
 from edgediffusion.cli._options import (
     bundle_argument,
+    cache_option,
     engines_option,
     guidance_option,
     json_option,
@@ -44,6 +45,7 @@ from edgediffusion.registry import names
 @click.option(
     "--correction", default=None, metavar="FILE|qncd", help="Statistics that 'edgediffusion correct' wrote, or qncd, which has none."
 )
+@cache_option
 @seed_option
 @engines_option
 @output_option("IMAGE", "The picture to write: .png, .jpg or .webp.")

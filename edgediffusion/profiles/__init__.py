@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgediffusion.bundle import Bundle
 from edgediffusion.profiles import latency, memory
 from edgediffusion.profiles.latency import Latency
 from edgediffusion.profiles.memory import Memory
+from edgediffusion.runtimes.pipeline import Pipeline
 
 __all__ = ["Latency", "Memory", "Profile", "machine", "profile"]
+
+_PICTURES = 3  # timed with a caching policy
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One bundle on one machine. ``step_ms`` is the denoiser's median: what one more sampling step costs."""
+    """One bundle on one machine. ``step_ms`` is the denoiser's median: what one more sampling step costs.
+
+    ``cached_step_ms`` is the mean step of a picture of the bundle's own number of steps with the policy ``cache``; None without.
+    """
 
     machine: str
     target: str | None
@@ -27,6 +34,8 @@ class Profile:
     memory: Memory
     bundle_bytes: int
     component_bytes: dict[str, int]
+    cache: str | None = None
+    cached_step_ms: float | None = None
 
 
 def profile(
@@ -37,12 +46,29 @@ def profile(
     warmup: int = 3,
     steps: int = 2,
     threads: int | None = None,
+    cache: str | None = None,
     progress: Callable[[str, float], None] = lambda label, part: None,
 ) -> Profile:
-    """Measure latency of every component, peak memory of a generation of ``steps`` steps, and sizes on disk."""
+    """Measure latency of every component, peak memory of a generation of ``steps`` steps, and sizes on disk.
+
+    With a caching policy, memory is that of a generation with it, and the mean time of its steps is measured too.
+    """
+    cached = None if cache is None else _cached_step_ms(bundle, cache, target, threads, progress)
     (times,) = latency.measure([bundle], target=target, runs=runs, warmup=warmup, threads=threads, progress=progress)
     progress("memory", 1.0)
-    return summarize(bundle, times, memory.measure(bundle, target=target, steps=steps, threads=threads), target)
+    used = memory.measure(bundle, target=target, steps=steps, threads=threads, cache=cache)
+    return replace(summarize(bundle, times, used, target), cache=cache, cached_step_ms=cached)
+
+
+def _cached_step_ms(bundle: Bundle, cache: str, target: str | None, threads: int | None, progress: Callable[[str, float], None]) -> float:
+    """The median over three pictures; before them one that is not timed."""
+    pipeline = Pipeline.from_bundle(bundle, target=target, threads=threads, cache=cache)
+    means = []
+    for picture in range(1 + _PICTURES):
+        progress("caching", picture / (1 + _PICTURES))
+        times = pipeline("", seed=picture).timings.step_ms
+        means.append(sum(times) / len(times))
+    return statistics.median(means[1:])
 
 
 def summarize(bundle: Bundle, times: dict[str, Latency], used: Memory, target: str | None) -> Profile:

@@ -23,7 +23,7 @@ def peak():
     # On Linux getrusage's maximum begins with that of the process that started this one.
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before, asked = peak(), json.loads(sys.argv[1])
-pipeline = Pipeline.from_bundle(asked["bundle"], target=asked["target"], threads=asked["threads"])
+pipeline = Pipeline.from_bundle(asked["bundle"], target=asked["target"], threads=asked["threads"], cache=asked["cache"])
 loaded = time.perf_counter()
 pipeline("", num_inference_steps=asked["steps"])
 print(json.dumps({"before": before, "peak": peak(), "load_s": loaded - started, "run_s": time.perf_counter() - loaded}))
@@ -43,13 +43,13 @@ class Memory:
     run_s: float
 
 
-def measure(bundle: Bundle, *, target: str | None = None, steps: int = 2, threads: int | None = None) -> Memory:
-    """Draw one picture in a new process and read its high-water mark.
+def measure(bundle: Bundle, *, target: str | None = None, steps: int = 2, threads: int | None = None, cache: str | None = None) -> Memory:
+    """Draw one picture in a new process, with a caching policy if one is given, and read its high-water mark.
 
     Raises:
         EngineError: the process failed; its last line of output is quoted.
     """
-    asked = json.dumps({"bundle": str(bundle.path), "target": target, "steps": steps, "threads": threads})
+    asked = json.dumps({"bundle": str(bundle.path), "target": target, "steps": steps, "threads": threads, "cache": cache})
     done = subprocess.run(
         [sys.executable, "-c", _WORKER, asked], capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
     )

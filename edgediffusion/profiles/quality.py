@@ -44,6 +44,7 @@ def compare(
     seed: int = 0,
     judge: Judge | None = None,
     target: str | None = None,
+    cache: str | None = None,
     bootstrap: Bootstrap = USUAL,
     progress: Progress = _silent,
 ) -> Quality:
@@ -51,7 +52,8 @@ def compare(
 
     Picture i has the noise of ``seed`` + i in both. Steps and guidance that are None are each bundle's own. Without
     ``prompts``, those of the judge are drawn. ``target`` names the engines to run, as for ``Pipeline.from_bundle``; a
-    reference that was not built for it runs as it does by default. Pictures are let go as soon as they are measured.
+    reference that was not built for it runs as it does by default. ``cache`` is a caching policy for ``bundle`` alone. Pictures
+    are let go as soon as they are measured.
 
     Raises:
         ArgumentError: no prompts, too few samples, or bundles that draw different sizes. BundleError: one that cannot draw.
@@ -60,7 +62,7 @@ def compare(
     if samples < 2:
         raise ArgumentError("Too few pictures to compare", got=samples, allowed="two and more")
     engines = target if target in (None, "onnx", *reference.targets) else None
-    pair = Pipeline.from_bundle(bundle, target=target), Pipeline.from_bundle(reference, target=engines)
+    pair = Pipeline.from_bundle(bundle, target=target, cache=cache), Pipeline.from_bundle(reference, target=engines)
     all_prompts = [asked[i % len(asked)] for i in range(samples)]
     tally = _Tally(_Yard(judge, _wanted(all_prompts, samples, judge), bootstrap))
     batch = max(1, BATCH * SMALL // max(SMALL, pair[0].sampling.height * pair[0].sampling.width))

@@ -29,6 +29,11 @@ def profile_table(profile: Profile) -> str:
             table(head, profile_rows(profile)),
             "",
             f"one step of the denoiser: {profile.step_ms:.2f} ms (median of {runs} runs)",
+            *(
+                []
+                if profile.cached_step_ms is None
+                else [f"with --cache {profile.cache}: {profile.cached_step_ms:.2f} ms (mean of a picture's steps)"]
+            ),
             f"first import to loaded pipeline: {used.load_s:.2f} s",
             f"peak memory of a generation: {size(used.peak_bytes)}, of which Python and NumPy {size(used.before_bytes)}",
             f"bundle: {size(profile.bundle_bytes)}",

@@ -138,7 +138,7 @@ def test_profile(library: Callable[..., Library], bundle: Bundle) -> None:
     profile = library("edgediffusion.profiles", "profile", Answer())
     library("edgediffusion.profiles.report", "profile_table", "the table")
     assert run("profile", bundle.path, "--runs", 7, "--warmup", 0).stdout == "the table\n"
-    assert profile.settings == {"target": None, "runs": 7, "warmup": 0, "steps": 2}
+    assert profile.settings == {"target": None, "runs": 7, "warmup": 0, "steps": 2, "cache": None}
 
 
 def test_demo(library: Callable[..., Library], tmp_path: Path) -> None:

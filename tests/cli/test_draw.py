@@ -38,7 +38,7 @@ class StandIn:
     asked: dict[str, Any]
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, *, target: str | None = None) -> StandIn:
+    def from_bundle(cls, bundle: Bundle, *, target: str | None = None, cache: str | None = None) -> StandIn:
         cls.asked = {"bundle": bundle, "target": target}
         return cls()
 
