@@ -19,7 +19,7 @@ from edgediffusion.export.families import Axis, Part, Tensor, family_of
 from edgediffusion.export.quiet import quiet
 from edgediffusion.export.schedule import CLASSES
 from edgediffusion.export.source import Source
-from edgediffusion.runtimes.graph import Graph, open_graphs
+from edgediffusion.runtimes.graph import Graph, open_components, open_graphs
 from edgediffusion.runtimes.pipeline import Pipeline
 from edgediffusion.runtimes.request import Request, plan
 
@@ -78,8 +78,9 @@ def validate(
 ) -> Validation:
     """Compare a bundle with the folder it was exported from, which is loaded in float32.
 
-    Graphs are compared at two batch and two picture sizes with random inputs. Pictures begin with the same noise; what
-    is None is as the bundle recommends. ``target`` names the engines to compare, as for ``Pipeline.from_bundle``.
+    Graphs are compared at two batch and two picture sizes with random inputs, those of a cut with what the whole gave or the
+    cut's head. Pictures begin with the same noise; what is None is as the bundle recommends. ``target`` names the engines to
+    compare, as for ``Pipeline.from_bundle``.
 
     Raises:
         SourceError: the source cannot be read. BundleError: the bundle cannot draw.
@@ -100,7 +101,12 @@ def validate(
     components: list[ComponentError] = []
     for done, part in enumerate(parts):
         _tell(progress, f"comparing {part.name}", done / total)
-        components += _compare_part(part, origin.load(part.network), graphs[part.name], sampling)
+        calls = _calls(part, origin.load(part.network), sampling)
+        components += _compare_graph(graphs[part.name], calls)
+        for component in bundle.components if part.cuts is not None else ():
+            if component.cut is not None:  # one at a time: each may hold as many weights as the whole
+                (graph,) = open_components(bundle, [component], target=target, threads=None)
+                components += _compare_graph(graph, calls)
     ours = Pipeline(bundle, {name: graph.session for name, graph in graphs.items() if graph.component.role in _PICTURE_ROLES})
     theirs = _diffusers(origin, settled.sampler)
     pictures = []
@@ -143,21 +149,42 @@ def _check_origin(bundle: Bundle, source: Source) -> None:
         )
 
 
-def _compare_part(part: Part, network: torch.nn.Module, graph: Graph, sampling: Sampling) -> Iterator[ComponentError]:
+@dataclass
+class _Call:
+    """One call of a network: what graphs are fed, which is also what other graphs gave; and what torch returned, by name."""
+
+    arrays: dict[str, np.ndarray]
+    expected: Mapping[str, np.ndarray]
+
+
+def _calls(part: Part, network: torch.nn.Module, sampling: Sampling) -> list[_Call]:
+    """At two batch sizes and two picture sizes."""
     wrapped = part.wrap(network).eval()
     generator = np.random.default_rng(0)
+    calls = []
     for batch, extra in ((1, 0), (2, 0 if sampling.fixed_size else sampling.size_multiple)):
         sizes = _sizes(sampling, batch, extra)
         feeds = {tensor.name: _example(tensor, sizes, network, sampling, generator) for tensor in part.inputs}
-        binding = graph.bind({name: feed.shape for name, feed in feeds.items()})
-        for name, feed in feeds.items():
-            binding.inputs[name][...] = feed
-        binding.run()
         with torch.no_grad(), quiet():
             found = wrapped(**{name: torch.from_numpy(feed) for name, feed in feeds.items()})
-        for tensor, expected in zip(part.outputs, found if isinstance(found, tuple) else (found,), strict=True):
-            error = _relative(binding.outputs[tensor.name].astype(np.float32), expected.numpy())
-            yield ComponentError(part.name, tensor.name, tuple(expected.shape), error)
+        outputs = zip(part.outputs, found if isinstance(found, tuple) else (found,), strict=True)
+        calls.append(_Call(feeds, {tensor.name: expected.numpy() for tensor, expected in outputs}))
+    return calls
+
+
+def _compare_graph(graph: Graph, calls: Sequence[_Call]) -> Iterator[ComponentError]:
+    """Run a graph for every call, and keep what it gives with what the calls' other graphs can be fed."""
+    for call in calls:
+        names = [spec.name for spec in graph.session.inputs]
+        binding = graph.bind({name: call.arrays[name].shape for name in names})
+        for name in names:
+            binding.inputs[name][...] = call.arrays[name]
+        binding.run()
+        for name, expected in call.expected.items():
+            if name in binding.outputs:
+                error = _relative(binding.outputs[name].astype(np.float32), expected)
+                yield ComponentError(graph.name, name, expected.shape, error)
+        call.arrays.update({name: array.copy() for name, array in binding.outputs.items()})
 
 
 def _sizes(sampling: Sampling, batch: int, extra: int) -> dict[str, int]:
