@@ -158,7 +158,7 @@ class TestScm:
 
     def test_a_diffusion_starts_no_higher_than_it_was_trained(self) -> None:
         first = scm.points(STABLE_DIFFUSION, 4).at[0]
-        assert first.timestep == 999
+        assert first.timestep == pytest.approx(999, abs=1e-4)  # found in a table of float32 logarithms
         assert first.sigma / first.alpha == pytest.approx(14.614641)
 
     def test_noise_brings_the_state_to_the_next_point(self) -> None:
