@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgediffusion import __version__, targets
 from edgediffusion.errors import ArgumentError
+from edgediffusion.targets import in_range
 from edgediffusion.text import size, table
 
 _PACKAGE = "edgediffusion"
@@ -133,27 +134,6 @@ def _piece(name: str, wanted: str, extra: str) -> Piece:
     get = f"pip install '{_PACKAGE}[{extra}]'" if extra else f"pip install '{name}{wanted}'"
     fits = installed is not None and in_range(installed, wanted)
     return Piece(name, wanted, installed, fits, {**_PURPOSES, **_OTHER}[name], get)
-
-
-def in_range(version: str, wanted: str) -> bool:
-    """Whether a version meets ``>=2.13,<2.14``: the comparisons that our own metadata uses, on the release numbers."""
-    for condition in filter(None, (part.strip() for part in wanted.split(","))):
-        match = re.match(r"(>=|<=|==|!=|<|>)\s*(.+)", condition)
-        if match is None:
-            return False
-        left, right = _release(version), _release(match[2])
-        order = (left > right) - (left < right)
-        if order not in {">=": (0, 1), "<=": (-1, 0), "==": (0,), "!=": (-1, 1), "<": (-1,), ">": (1,)}[match[1]]:
-            return False
-    return True
-
-
-def _release(version: str) -> tuple[int, ...]:
-    numbers = re.match(r"\d+(?:\.\d+)*", version)
-    release = [int(n) for n in numbers[0].split(".")] if numbers else [0]
-    while len(release) > 1 and release[-1] == 0:
-        release.pop()
-    return tuple(release)
 
 
 def _providers() -> tuple[str, ...]:

@@ -48,4 +48,4 @@ def output_option(metavar: str, what: str) -> Callable[[_F], _F]:
 
 
 def target_option(**settings: Any) -> Callable[[_F], _F]:
-    return click.option("--target", help="A name that 'edgediffusion targets' lists, or a file that ends in .toml.", **settings)
+    return click.option("--target", help="A name that 'edgediffusion targets' lists, a file that ends in .toml, or 'auto'.", **settings)

@@ -10,14 +10,39 @@ from edgediffusion.cli._options import bundle_argument, json_option, output_opti
 @click.command()
 @bundle_argument
 @target_option(required=True)
+@click.option("--precision", default=None, help="What float layers are computed in, where the engine lets one choose: float32, bfloat16.")
+@click.option(
+    "--shapes",
+    metavar="AXIS=MIN:USUAL:MAX,...",
+    default="",
+    help="Sizes to build for, where the engine is made for sizes; by default the bundle's own, and one or two pictures.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="Processor threads; all that this process may use by default.")
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="A file in which TensorRT keeps what kernels took, so that the next build asks again for new ones only.",
+)
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
-def command(bundle: Path, target: str, output: Path, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    target: str,
+    precision: str | None,
+    shapes: str,
+    threads: int | None,
+    timing_cache: Path | None,
+    output: Path,
+    as_json: bool,
+) -> None:
     """Compile a BUNDLE's graphs into engines for a target.
 
     \b
     Example:
       edgediffusion build bundle --target cpu-x86-64 -o bundle-cpu
+      edgediffusion build bundle --target openvino-cpu --precision bfloat16 -o bundle-openvino
+      edgediffusion build bundle --target rtx-4090 --shapes batch=1:2:4,height=64,width=64 -o bundle-rtx
     """
     from edgediffusion.bundle import Bundle
     from edgediffusion.cli._progress import Progress
@@ -25,5 +50,14 @@ def command(bundle: Path, target: str, output: Path, as_json: bool) -> None:
     from edgediffusion.runtimes.build import build
 
     with Progress() as progress:
-        made = build(Bundle.open(bundle), output, target=target, progress=progress)
+        made = build(
+            Bundle.open(bundle),
+            output,
+            target=target,
+            threads=threads,
+            precision=precision,
+            shapes=shapes,
+            timing_cache=timing_cache,
+            progress=progress,
+        )
     show_bundle(made, output, as_json=as_json)

@@ -114,5 +114,7 @@ def check_quantized(bundle: Bundle, component: Component, file: Path, engine_nam
         engine.version()
     except MissingExtra:  # quantized here for another machine
         return
+    if not getattr(engine, "reads_onnx", True):  # TensorRT runs engines, which are built for sizes and a GPU
+        return
     if feeds is not None:
         check_finite(engine, component, file, bundle.path / component.model, [feeds])

@@ -2,60 +2,210 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgediffusion import __version__, files, registry, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
-from edgediffusion.errors import EngineError
+from edgediffusion.errors import ArgumentError, EngineError
 from edgediffusion.files import link_or_copy
 from edgediffusion.runtimes.engine_manifest import ENGINES, FILE, EngineManifest
+from edgediffusion.runtimes.onnx_header import read_header
+from edgediffusion.runtimes.sizes import Sizes, axes_of, parse_sizes, range_of, usual_sizes
+from edgediffusion.targets import Target
 
 Progress = Callable[[str, float], None]
+_REFUSED = ("fp8", "fp4")  # formats that a graph has by intention only, and that an engine without kernels fails on, late and in its words
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything a component's engine is made with; ``options`` are those of the engine's ``build`` that are the same for all."""
+
+    bundle: Bundle
+    target: Target
+    engine: Any
+    options: Mapping[str, Any]
+    shapes: Sizes
+    asked: Sizes
+    threads: int | None
 
 
 def build(
-    bundle: Bundle, output: Path, *, target: str = "cpu-x86-64", threads: int | None = None, progress: Progress = lambda label, part: None
+    bundle: Bundle,
+    output: Path,
+    *,
+    target: str = "cpu-x86-64",
+    threads: int | None = None,
+    precision: str | None = None,
+    shapes: str | Sizes = "",
+    timing_cache: Path | None = None,
+    progress: Progress = lambda label, part: None,
 ) -> Bundle:
     """Make an engine of every component for ``target``; returns the new bundle, which holds the graphs as well.
 
+    ``target`` is a name, the path of a TOML file, or ``auto``. ``precision`` is what float layers are computed in, for engines that
+    let one choose. ``shapes`` are ranges of sizes by the names of axes, or words for them (``batch=1:2:4,height=8``), for engines that
+    are made for sizes; axes that it does not name have the bundle's own (``sizes.usual_sizes``). ``timing_cache`` is a file in which
+    TensorRT keeps what kernels took.
+
     Raises:
         UnknownName: there is no such target.
-        MissingExtra, EngineError: the engine library is absent, or it refused a component (which is named).
+        ArgumentError: an option that the target's engine does not have, shapes that no component has.
+        MissingExtra, EngineError: the engine library is absent or of a version that the target does not take, the target cannot run a
+        graph's number formats or opset, its engines are not built on a machine like this, or the library refused a component (which
+        is named).
         OutputError: ``output`` exists or cannot be written.
     """
     device = targets.load(target)
-    name = device.engines[0]
-    engine = registry.find("runtimes.engines", name, kind="engine")
+    engine = registry.find("runtimes.engines", device.engines[0], kind="engine")
     version = engine.version()
+    asked = parse_sizes(shapes) if isinstance(shapes, str) and shapes else dict(shapes or {})
+    _check_place(device)
+    _check_version(device, version)
+    given = {"precision": precision, "shapes": asked or None, "timing_cache": timing_cache}
+    job = _Job(bundle, device, engine, _options(engine, device, given), {**usual_sizes(bundle), **asked}, asked, threads)
+    for component in bundle.components:
+        _check_graph(job, component)
+    _check_axes(job)
     with files.new_folder(output) as folder:
         kept = [n for n in bundle.files if not n.startswith(f"{ENGINES}/{device.name}/")]
         for file in kept:
             link_or_copy(bundle.path / file, folder / file)
         place = folder / ENGINES / device.name
         place.mkdir(parents=True)
-        built = {}
-        for at, component in enumerate(bundle.components):
-            progress(component.name, at / len(bundle.components))
-            built[component.name] = _build_one(engine, bundle, component, place, threads)
+        total = len(bundle.components)
+        built = {c.name: _build_one(job, c, place, _part_of(progress, at, total)) for at, c in enumerate(bundle.components)}
         progress("done", 1.0)
-        (place / FILE).write_text(EngineManifest.of(name, version, bundle, built).to_json(), encoding="utf-8")
+        (place / FILE).write_text(_manifest(job, version, built).to_json(), encoding="utf-8")
+        arguments = {"target": device.name, **{key: _plain(value) for key, value in given.items() if value and key != "timing_cache"}}
         write(
             folder,
             family=bundle.family,
             components=bundle.components,
             sampling=bundle.sampling,
-            history=(*bundle.history, Verb("build", {"target": device.name}, {"edgediffusion": __version__, name: version})),
+            history=(*bundle.history, Verb("build", arguments, {"edgediffusion": __version__, device.engines[0]: version})),
             known={n: bundle.files[n] for n in kept},
         )
     return Bundle.open(output)
 
 
-def _build_one(engine: Any, bundle: Bundle, component: Component, place: Path, threads: int | None) -> str:
-    file: str = component.name + engine.suffix
+def _options(engine: Any, target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What this engine's ``build`` is called with: what was asked for, and what the target says."""
+    known = getattr(engine, "options", ())
+    if unknown := [name for name, value in given.items() if value and name not in known]:
+        raise ArgumentError(
+            f"The engine '{target.engines[0]}' of the target '{target.name}' has no such option",
+            got=", ".join("--" + name.replace("_", "-") for name in unknown),
+            allowed=", ".join("--" + name.replace("_", "-") for name in given if name in known) or "none",
+        )
+    facts = {"device": target.device, "compute_capabilities": (target.compute_capability,) if target.compute_capability else ()}
+    return {name: value for name, value in {**facts, **given}.items() if name in known and value and name != "shapes"}
+
+
+def _check_place(target: Target) -> None:
+    here = targets.this_machine()
+    if not target.ahead and (target.architecture != here.architecture or here.system not in target.systems):
+        raise EngineError(
+            f"Engines for '{target.name}' are built on such a machine",
+            got=f"{here.system} on {here.architecture}",
+            allowed=f"{', '.join(target.systems)} on {target.architecture}",
+            do="Copy the bundle there and build it there.",
+        )
+
+
+def _check_version(target: Target, version: str) -> None:
+    wanted = target.libraries.get(target.engines[0], "")
+    if not targets.in_range(version, wanted):
+        raise EngineError(
+            f"The target '{target.name}' takes other versions of {target.engines[0]}",
+            got=version,
+            allowed=wanted,
+            do="Install one of them, or take a target of your own: docs/targets.md.",
+        )
+
+
+def _check_graph(job: _Job, component: Component) -> None:
+    """Refuse what the target's engine cannot read or has no kernels for, before minutes of building and in our own words."""
+    if not hasattr(job.engine, "options"):  # it reads any ONNX file, or none
+        return
+    header = read_header(job.bundle.path / component.model)
+    if lacking := [f for f in header.formats if f in _REFUSED and f not in job.target.formats]:
+        able = [name for name in targets.names() if set(lacking) <= set(targets.load(name).formats)]
+        raise EngineError(
+            f"The target '{job.target.name}' has no kernels for what '{component.name}' is computed in",
+            got=", ".join(lacking),
+            allowed=", ".join(job.target.formats),
+            do=f"Quantize it by another recipe, as int8, or take a target that has them: {', '.join(able) or 'none is known'}.",
+        )
+    if header.opset > job.target.opset:
+        raise EngineError(
+            f"The target '{job.target.name}' does not read the opset of '{component.name}'",
+            got=header.opset,
+            allowed=f"{job.target.opset} and older",
+            do=f"Export it again: edgediffusion export SOURCE --opset {job.target.opset} -o BUNDLE",
+        )
+
+
+def _check_axes(job: _Job) -> None:
+    known = axes_of([spec for c in job.bundle.components for spec in c.inputs])
+    if unknown := [axis for axis in job.asked if axis not in known]:
+        raise ArgumentError("No graph of the bundle has such an axis", got=", ".join(unknown), allowed=", ".join(known) or "none")
+
+
+def _build_one(job: _Job, component: Component, place: Path, progress: Progress) -> str:
+    file: str = component.name + job.engine.suffix
+    known, options = getattr(job.engine, "options", ()), dict(job.options)
+    progress(component.name, 0.0)
+    if "progress" in known:
+        options["progress"] = lambda label, part: progress(f"{component.name}: {label}", part)
+    if "shapes" in known:
+        options["shapes"] = job.shapes
     try:
-        engine.build(bundle.path / component.model, place / file, threads=threads)
+        job.engine.build(job.bundle.path / component.model, place / file, threads=job.threads, **options)
     except EngineError as error:
-        raise EngineError(f"The component '{component.name}' could not be built: {error}") from error
+        raise EngineError(f"The component '{component.name}' could not be built: {error}", do=_advice(job)) from error
     return file
+
+
+def _advice(job: _Job) -> str:
+    """A graph with Q/DQ nodes where another engine wants them is a reason to fail that no library names."""
+    made = next((verb.arguments for verb in reversed(job.bundle.history) if verb.name == "quantize"), {})
+    placement = made.get("placement") or (made and targets.load(str(made.get("target", ""))).placement)
+    if not made or placement == job.target.placement:
+        return ""
+    return (
+        f"It was quantized for the placement '{placement}', this target's is '{job.target.placement}': "
+        f"edgediffusion quantize BUNDLE --state STATE --target {job.target.name} -o NEW"
+    )
+
+
+def _manifest(job: _Job, version: str, built: Mapping[str, str]) -> EngineManifest:
+    ranged = "compute_capabilities" in getattr(job.engine, "options", ()) or job.target.device == "npu"
+    shapes = {
+        name: {
+            axis: (r.smallest, r.usual, r.largest)
+            for axis in axes_of(job.bundle.component(name).inputs)
+            if (r := range_of(axis, job.shapes))
+        }
+        for name in built
+    }
+    return EngineManifest.of(
+        job.target.engines[0],
+        version,
+        job.bundle,
+        built,
+        shapes=shapes if ranged else {},
+        compute_capability=job.target.compute_capability if "compute_capabilities" in job.options else "",
+        precision=str(job.options.get("precision", "")),
+    )
+
+
+def _part_of(progress: Progress, at: int, of: int) -> Progress:
+    return lambda label, part: progress(label, (at + part) / of)
+
+
+def _plain(value: Any) -> Any:
+    return {axis: str(size) for axis, size in value.items()} if isinstance(value, Mapping) else value

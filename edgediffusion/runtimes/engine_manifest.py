@@ -1,9 +1,10 @@
 """``engines/<target>/engine.json``: what a bundle's engines were built from, with what, and for which machine.
 
     {"engine": "onnxruntime", "version": "1.31.1", "os": "linux", "arch": "x86_64", "cpu": ["avx2", "avx512f"],
-     "components": {"unet": {"file": "unet.optimized.onnx", "model_sha256": "..."}}}
+     "compute_capability": "", "precision": "", "state": "",
+     "components": {"unet": {"file": "unet.optimized.onnx", "model_sha256": "...", "shapes": {"batch": [1, 2, 4]}}}}
 
-An engine fits the library version, operating system and processor that it was built with, and the ONNX file that it
+An engine fits the library version, operating system and processor, or GPU, that it was built with or for, and the ONNX file that it
 was built from. ``check`` refuses any other before a library sees it: some would crash on it, some would draw rubbish.
 """
 
@@ -12,10 +13,12 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, BundleError, EngineError
 from edgediffusion.files import dump_json
@@ -29,6 +32,16 @@ ONNX = "onnx"  # the name, in place of a target's, of the ONNX files themselves
 _CPU_FEATURES = ("asimddp", "avx", "avx2", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "amx_int8", "i8mm", "sve")
 
 
+_WORDS = {
+    "version": "{} version",
+    "os": "operating system",
+    "arch": "architecture",
+    "cpu": "processor",
+    "gpu": "compute capability",
+}
+_NONE: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Host:
     """The machine as far as an engine depends on it; ``cpu`` is empty where the system does not tell."""
@@ -40,27 +53,50 @@ class Host:
 
 @dataclass(frozen=True)
 class BuiltComponent:
-    """``file`` is relative to the folder of ``engine.json``; the hash is that of the ONNX file it was built from."""
+    """``file`` is relative to the folder of ``engine.json``; the hash is that of the ONNX file it was built from. ``shapes`` are the
+    smallest, usual and largest sizes of the axes for which the engine has a range; others may have any size."""
 
     file: str
     model_sha256: str
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EngineManifest:
+    """``compute_capability`` is that of the GPU it is for, and then the processor does not matter; ``precision`` what float layers are
+    computed in, where that was asked for; ``state`` the digest of the quantization state that the graphs were made with."""
+
     engine: str
     version: str
     os: str
     arch: str
     cpu: tuple[str, ...]
     components: Mapping[str, BuiltComponent]
+    compute_capability: str = ""
+    precision: str = ""
+    state: str = ""
 
     @classmethod
-    def of(cls, engine: str, version: str, bundle: Bundle, files: Mapping[str, str]) -> EngineManifest:
-        """The manifest of engines built here: ``files`` gives the engine file of each component."""
+    def of(
+        cls,
+        engine: str,
+        version: str,
+        bundle: Bundle,
+        files: Mapping[str, str],
+        *,
+        shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = _NONE,
+        compute_capability: str = "",
+        precision: str = "",
+    ) -> EngineManifest:
+        """The manifest of engines built here: ``files`` gives the engine file of each component, ``shapes`` its ranges of sizes."""
         machine = host()
-        built = {name: BuiltComponent(file, bundle.files[bundle.component(name).model].sha256) for name, file in files.items()}
-        return cls(engine, version, machine.os, machine.arch, machine.cpu, built)
+        built = {
+            name: BuiltComponent(file, bundle.files[bundle.component(name).model].sha256, shapes.get(name, {}))
+            for name, file in files.items()
+        }
+        state = next((str(verb.arguments.get("state", "")) for verb in reversed(bundle.history) if verb.name == "quantize"), "")
+        cpu = () if compute_capability else machine.cpu
+        return cls(engine, version, machine.os, machine.arch, cpu, built, compute_capability, precision, state)
 
     def to_json(self) -> str:
         return dump_json(asdict(self))
@@ -74,11 +110,13 @@ def host() -> Host:
 
 
 def choose(bundle: Bundle, target: str | None) -> str:
-    """The target whose engines to run, or ``ONNX`` for the ONNX files: those are run where nothing was built.
+    """The target whose engines to run, or ``ONNX`` for the ONNX files: those are run where nothing was built. ``auto`` is the target that
+    this machine is.
 
     Raises:
         ArgumentError: engines for several targets and none named, or none for the target named.
     """
+    target = targets.detect() if target == targets.AUTO else target
     if target == ONNX or (target is None and not bundle.targets):
         return ONNX
     if target is None and len(bundle.targets) == 1:
@@ -104,9 +142,13 @@ def read(bundle: Bundle, target: str) -> EngineManifest:
     file = bundle.path / ENGINES / target / FILE
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        components = {name: BuiltComponent(c["file"], c["model_sha256"]) for name, c in content["components"].items()}
+        components = {
+            name: BuiltComponent(c["file"], c["model_sha256"], {axis: tuple(r) for axis, r in c.get("shapes", {}).items()})
+            for name, c in content["components"].items()
+        }
         engine, version, system, arch = (str(content[key]) for key in ("engine", "version", "os", "arch"))
-        return EngineManifest(engine, version, system, arch.lower(), tuple(content.get("cpu", ())), components)
+        later = [str(content.get(key, "")) for key in ("compute_capability", "precision", "state")]
+        return EngineManifest(engine, version, system, arch.lower(), tuple(content.get("cpu", ())), components, *later)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"'{file}' is missing or damaged: {type(error).__name__}: {error}", do=_rebuild(bundle, target)) from None
 
@@ -115,14 +157,18 @@ def check(manifest: EngineManifest, bundle: Bundle, target: str) -> None:
     """Refuse engines that were built with or for something else than what is here.
 
     Raises:
-        EngineError: library version, operating system, processor or the ONNX file differ; the message says which.
+        EngineError: library version, operating system, processor, GPU or the ONNX file differ; the message says which.
         MissingExtra: the engine's library is not installed.
     """
-    here, version = host(), find("runtimes.engines", manifest.engine).version()
+    engine = find("runtimes.engines", manifest.engine)
+    here, version = host(), engine.version()
     found = {"version": version, "os": here.os, "arch": here.arch, "cpu": here.cpu or manifest.cpu}
     stated = {"version": manifest.version, "os": manifest.os, "arch": manifest.arch, "cpu": manifest.cpu or here.cpu}
-    words = {"version": f"{manifest.engine} version", "os": "operating system", "arch": "architecture", "cpu": "processor"}
-    differing = [f"{words[k]} {_text(stated[k])}, here {_text(found[k])}" for k in words if stated[k] != found[k]]
+    if manifest.compute_capability:
+        found["gpu"], stated["gpu"] = engine.compute_capability(), manifest.compute_capability
+    words = {k: word for k, word in _WORDS.items() if k in stated and k not in getattr(engine, "portable", ())}
+    unlike = {k: word.format(manifest.engine) for k, word in words.items() if stated[k] != found[k]}
+    differing = [f"{word} {_text(stated[k])}, here {_text(found[k])}" for k, word in unlike.items()]
     for component in bundle.components:
         built = manifest.components.get(component.name)
         if built is None:
