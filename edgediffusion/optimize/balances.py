@@ -28,7 +28,7 @@ def by_statistics(found: Mapping[str, Observed], recipe: Recipe, prefix: str = "
         alone = name not in readers or any(found[other].groups > 1 for other in readers)
         shared = [name] if alone else readers
         bits = recipe.bits(name.removeprefix(prefix))
-        chosen = _ones(layer) if alone else method.factors([found[other] for other in shared], bits, cut=recipe.ranges == "mse")
+        chosen = _ones(layer) if alone else method.factors([found[other] for other in shared], bits)
         balances.update(dict.fromkeys(shared, Balance(chosen)))
     return balances
 

@@ -1,11 +1,10 @@
 """Channel balancing: one file per method, each with one of
 
-    factors(layers, bits, *, cut) -> np.ndarray    from what layers saw
-    of_network(network) -> dict[str, Balance]      by running the network, in torch: names that begin with ``modelopt``
+    factors(layers, bits) -> np.ndarray           from what layers saw
+    of_network(network) -> dict[str, Balance]     by running the network, in torch: names that begin with ``modelopt``
 
 A layer computes x w. With a factor f for every input channel, (x / f) (f w) is the same, and both sides may be easier to
-quantize. ``layers`` are those that read the same tensor (they must share factors); ``bits`` are of weights and activations; ``cut`` says
-that weights of few bits will be cut where that has the least squared error.
+quantize. ``layers`` are those that read the same tensor (they must share factors); ``bits`` are of weights and activations.
 The factors are float32 [channels], positive, 1 where nothing is to be gained; so are those of layers that ``of_network`` leaves
 out. They cost a multiplication at run time: see passes/insert_qdq.py.
 """

@@ -14,7 +14,7 @@ from edgediffusion.optimize.balance import balanced, weight_amax
 from edgediffusion.optimize.observed import Observed
 
 
-def factors(layers: Sequence[Observed], bits: tuple[int, int], *, cut: bool = False) -> np.ndarray:
+def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:
     w = weight_amax(layers)
     return balanced(salience(np.stack([s for _, s in sorted(layers[0].steps.items())]), w), w, 0.5)
 

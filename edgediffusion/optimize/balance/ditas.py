@@ -11,17 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgediffusion.optimize.balance import balanced, input_amax, weight_amax
-from edgediffusion.optimize.balance.search import Sums, expected_error
+from edgediffusion.optimize.balance.search import expected_error
 from edgediffusion.optimize.observed import Observed
 
 FLOOR = 1e-4  # of a, the authors' clamp
 
 
-def factors(layers: Sequence[Observed], bits: tuple[int, int], *, cut: bool = False) -> np.ndarray:
+def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:
     a, w = np.maximum(input_amax(layers), FLOOR), weight_amax(layers)
-    known = [Sums.of(layer) for layer in layers]
-
-    def error(f: np.ndarray) -> float:
-        return sum(expected_error(layer, f, bits, sums, cut=cut) for layer, sums in zip(layers, known, strict=True))
-
-    return min((balanced(a, w, float(alpha)) for alpha in np.linspace(0, 1, 21)), key=error)
+    candidates = [balanced(a, w, float(alpha)) for alpha in np.linspace(0, 1, 21)]
+    return min(candidates, key=lambda f: sum(expected_error(layer, f, bits) for layer in layers))

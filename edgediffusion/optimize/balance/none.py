@@ -9,5 +9,5 @@ import numpy as np
 from edgediffusion.optimize.observed import Observed
 
 
-def factors(layers: Sequence[Observed], bits: tuple[int, int], *, cut: bool = False) -> np.ndarray:
+def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:
     return np.ones(len(layers[0].input.low), np.float32)

@@ -13,5 +13,5 @@ from edgediffusion.optimize.observed import Observed
 ALPHA = 0.8
 
 
-def factors(layers: Sequence[Observed], bits: tuple[int, int], *, cut: bool = False) -> np.ndarray:
+def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:
     return balanced(input_amax(layers), weight_amax(layers), ALPHA)
