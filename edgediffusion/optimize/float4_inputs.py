@@ -68,5 +68,5 @@ def _with(state: LayerState, forms: tuple[str, ...], clips: Sequence[float], err
 def read_tensor(x: torch.Tensor, scale: float, form: str) -> torch.Tensor:
     """What is read back of ``x``; of two values equally near, the lower one, which the few ties of activations do not mind."""
     values = torch.tensor(MAGNITUDES[form])
-    codes = torch.bucketize((x / scale).abs(), (values[1:] + values[:-1]) / 2)
+    codes = torch.bucketize((x / scale).abs().contiguous(), (values[1:] + values[:-1]) / 2)
     return torch.copysign(values[codes], x) * scale

@@ -61,6 +61,8 @@ def quantize(
     known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
     job = _Job(known, recipe_for(known, recipe), load_placement(placement or device.placement))
     check_formats(job.recipe, job.placement)
+    if job.placement.name == device.placement:
+        check_device(job.recipe, device)
     chosen = bundle.with_role("denoise")
     for component in chosen:
         check_weights(bundle, component, job.state)
@@ -137,6 +139,19 @@ def check_formats(recipe: Recipe, placement: Placement) -> None:
             allowed=", ".join([*placement.formats, *ways]),
             do="Choose another recipe, or a target whose engine has them: edgediffusion targets. To see the pictures alone, computed in "
             "float by any engine: --placement simulated",
+        )
+
+
+def check_device(recipe: Recipe, device: targets.Target) -> None:
+    """Refuse floating formats that the engine has kernels for, but not on this device (ArgumentError)."""
+    names = {"fp8": "fp8", "nvfp4": "fp4"}  # of recipes, and of targets
+    lacking = sorted(f for f in {recipe.weights, recipe.activations} if f in names and names[f] not in device.formats)
+    if lacking:
+        raise ArgumentError(
+            f"The target '{device.name}' has no kernels for what the recipe '{recipe.name}' asks for",
+            got=", ".join(lacking),
+            allowed=", ".join(device.formats),
+            do="Choose another recipe or target, or see the pictures alone: --placement simulated",
         )
 
 

@@ -182,7 +182,7 @@ def _check_dynamic(recipe: Recipe) -> None:
         return
     allowed: dict[str, tuple[object, ...]] = {
         "weights": ("int8", "int4"),
-        "activations": ("int8", "int4"),
+        "activations": ("int8", "int4") if recipe.dynamic == "token" else ("int8",),
         "rounding": ("nearest", "gptq"),
         "ranges": ("max", "mse"),
         "stages": (1,),

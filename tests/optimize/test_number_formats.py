@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from edgediffusion import targets
 from edgediffusion.errors import ArgumentError
 from edgediffusion.optimize.float4 import (
     MAGNITUDES,
@@ -20,8 +21,8 @@ from edgediffusion.optimize.float4 import (
 )
 from edgediffusion.optimize.integers import weight_codes, weight_scale
 from edgediffusion.optimize.passes.insert_qdq import insert_qdq
-from edgediffusion.optimize.quantize import check_formats
-from edgediffusion.optimize.recipe import Recipe, load_placement
+from edgediffusion.optimize.quantize import check_device, check_formats
+from edgediffusion.optimize.recipe import Recipe, load_placement, load_recipe
 from edgediffusion.optimize.state import LayerState
 
 # Two products of one tensor, one with a bias, and a third behind them: what attention's projections look like.
@@ -260,6 +261,40 @@ def test_engines_without_kernels_are_refused_and_simulation_is_offered(recipe, p
         check_formats(recipe, load_placement(placement))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "target", "runs"),
+    [("nvfp4", "rtx-5090", True), ("nvfp4", "rtx-4090", False), ("fp8", "rtx-4090", True), ("fp8", "rtx-3060", False)],
+)
+def test_a_device_without_the_format_is_refused(recipe, target, runs):
+    if runs:
+        check_device(load_recipe(recipe), targets.load(target))
+        return
+    with pytest.raises(ArgumentError, match=rf"'{target}' has no kernels.*Got: {recipe}\."):
+        check_device(load_recipe(recipe), targets.load(target))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('weights = "nvfp4"\nactivations = "int8"', "activations 'nvfp4', 'float'"),
+        ('weights = "fp4"\nactivations = "nvfp4"', "weights = 'fp4'"),
+        ('weights = "e2m1"\nactivations = "e3m0"\nrounding = "gptq"', "rounding 'nearest'"),
+        ('weights = "nvfp4"\nactivations = "nvfp4"\nranges = "mse"', "ranges 'max'"),
+        ('weights = "fp4"\nactivations = "float"\nrank = 8', "rank 0"),
+        ('weights = "int8"\nactivations = "int8"\ndynamic = "row"', "dynamic"),
+        ('weights = "int8"\nactivations = "float"\ndynamic = "token"', "found at run time"),
+        ('weights = "int8"\nactivations = "int8"\ndynamic = "token"\nrounding = "adaround"', "rounding 'nearest', 'gptq'"),
+        ('weights = "int8"\nactivations = "int4"\ndynamic = "tensor"', "activations 'int8'"),
+        ('weights = "int8"\nactivations = "int8"\ndynamic = "tensor"\ngroup = 64', "Leave out group"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(tmp_path, text, message):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ArgumentError, match=message):
+        load_recipe(str(file))
+
+
 def _token(values, groups, levels=255):
     parts = values.reshape(*values.shape[:-1], groups, -1)
     low, high = parts.min(-1, keepdims=True), parts.max(-1, keepdims=True)
@@ -341,6 +376,47 @@ def test_the_choice_of_a_format_survives_saving(weights, x, tmp_path):
     layer = replace(_states(weights, x)["first"], formats=(form, "e2m1"), weight_amax=amax)
     QuantizationState("", {}, {"unet/first": layer}).save(tmp_path / "state")
     assert QuantizationState.load(tmp_path / "state").layers["unet/first"].formats == (form, "e2m1")
+
+
+@pytest.mark.parametrize(("ranges", "activations"), [("max", "fp4"), ("mse", "fp4"), ("mse", "float")])
+def test_calibration_chooses_formats_by_what_layers_hold_and_see(weights, x, ranges, activations):
+    """Powers of two get powers of two, what is spread evenly equal steps; weights and inputs."""
+    torch = pytest.importorskip("torch")
+    from edgediffusion.optimize.measure import measure
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.even = torch.nn.Linear(64, 48), torch.nn.Linear(64, 48)
+
+        def forward(self, x, z):
+            return self.wide(x) + self.even(z)
+
+    rng, network = np.random.default_rng(0), Network()
+    wide, even = 2.0 ** -rng.integers(0, 6, (48, 64)), rng.uniform(-1, 1, (48, 64))
+    with torch.no_grad():
+        network.wide.weight.copy_(torch.from_numpy(wide))
+        network.even.weight.copy_(torch.from_numpy(even))
+    items = []
+    for step in range(4):
+        feeds = {"x": rng.uniform(-1, 1, (2, 5, 64)), "z": 2.0 ** -rng.integers(0, 6, (2, 5, 64))}
+        items.append((step, {name: array.astype(np.float32) for name, array in feeds.items()}))
+    layers = measure(network, items, Recipe("r", "fp4", activations, balance="none", ranges=ranges, exclude=("^none$",)))
+    # With float inputs the error of a weight counts alone; with "mse" the largest inputs are cut, so theirs may be any.
+    assert (layers["wide"].formats[0], layers["even"].formats[0]) == ("e3m0", "e1m2")
+    if ranges == "max":
+        assert (layers["wide"].formats[1], layers["even"].formats[1]) == ("e1m2", "e3m0")
+    if activations == "float":
+        assert layers["wide"].formats[1] == ""
+
+
+def test_a_graph_alone_cannot_choose_formats_of_inputs():
+    from edgediffusion.optimize.measure import check_graph_recipe
+
+    check_graph_recipe(load_recipe("nvfp4"))
+    check_graph_recipe(Recipe("r", "e2m1", "e2m1"))
+    with pytest.raises(ArgumentError, match="choice of a format"):
+        check_graph_recipe(Recipe("r", "fp4", "fp4"))
 
 
 def test_tensorrt_multiplies_nvfp4(weights, x):
