@@ -147,6 +147,14 @@ class TestScm:
             x, denoised = peer.step(f * 0.5, t, x, generator=generator, return_dict=False)
         assert_same_picture(ours("scm:largest=1.5707", FLOW, steps, "flow"), denoised.numpy() / 0.5)
 
+    @pytest.mark.parametrize(
+        ("options", "message"), [("largest=2", r"'largest'.*Got: 2"), ("largest=1,middle=1", r"'middle' is not below")]
+    )
+    def test_refuses_angles(self, options: str, message: str) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            resolve(f"scm:{options}")
+        assert resolve("scm:largest=1.5708")[1].points(FLOW, 1).at[0].sigma == pytest.approx(1)
+
     def test_deterministic_trigflow_is_ddim(self) -> None:
         """x_u = cos(t - u) x_t - sin(t - u) F, an identity of TrigFlow, is DDIM's step at the points of the angles."""
         t, u = 1.2, 0.7

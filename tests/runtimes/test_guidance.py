@@ -125,6 +125,22 @@ class TestInterval:
         pipe, _ = fakes
         assert pipe(PROMPT, guidance_interval=(0, math.inf)).latents.tobytes() == pipe(PROMPT).latents.tobytes()
 
+    @pytest.mark.parametrize("cache", ["adaptive-diffusion:threshold=0", "adaptive-diffusion:threshold=0.5"])
+    def test_a_cache_begins_anew_where_the_rows_change(self, fakes: tuple[Pipeline, FakeSession], cache: str) -> None:
+        """At threshold 0 nothing is reused; at 0.5 much is, of the same rows only, so that the result has the right shape."""
+        pipe, network = fakes
+        options: Any = {"num_inference_steps": 10, "guidance_interval": (0.6, 3.0)}
+        plain = pipe(PROMPT, **options).latents
+        network.calls.clear()
+        cached = pipe(PROMPT, cache=cache, **options).latents
+        assert cached.shape == plain.shape
+        if cache.endswith("=0"):
+            assert cached.tobytes() == plain.tobytes()
+        else:
+            rows = [len(feeds["sample"]) for feeds in network.calls]
+            assert len(rows) < 10
+            assert {1, 2} == set(rows)
+
     def test_predictor_follows_it(self, fakes: tuple[Pipeline, FakeSession]) -> None:
         pipe, network = fakes
         pipe.predictor(PROMPT, num_inference_steps=4, guidance_interval=(100, 200))(TorchNoise(0).normal((1, 4, 8, 8)), 0)

@@ -24,6 +24,7 @@ from edgediffusion.runtimes.schedules import NEARLY_ZERO, Points, alpha_bars, be
 
 ORDER = 0.0
 KIND = "both"
+ROUNDED = 1.5708  # diffusers' largest angle, pi / 2 rounded up
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Options:
     middle: float = 1.3
 
     def __post_init__(self) -> None:
-        check_range("largest", self.largest, 0.1, math.pi / 2)
-        check_range("middle", self.middle, 0.0, math.pi / 2)
+        check_range("largest", self.largest, 0.1, ROUNDED)
+        check_range("middle", self.middle, 0.0, ROUNDED)
         if self.middle >= self.largest:
             raise ArgumentError("The option 'middle' is not below 'largest'", got=f"{self.middle:g} and {self.largest:g}")
 
@@ -50,6 +51,7 @@ def points(schedule: NoiseSchedule, steps: int, options: Options = DEFAULT) -> P
     """
     check_steps(steps, schedule.train_steps)
     angles = np.array([options.largest, options.middle]) if steps == 2 else np.linspace(options.largest, 0, steps + 1)[:-1]
+    angles = np.minimum(angles, math.pi / 2)
     if schedule.kind == "flow":
         return flow(schedule, np.sin(angles) / (np.cos(angles) + np.sin(angles)))
     last = float(alpha_bars(schedule, end=NEARLY_ZERO)[-1])
