@@ -82,7 +82,7 @@ class TensorRT:
             network = builder.create_network(_flags(trt))
             parser = trt.OnnxParser(network, log)
             if not parser.parse_from_file(str(model)):
-                problems = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+                problems = [_problem(parser.get_error(i)) for i in range(parser.num_errors)]
                 raise EngineError(f"{self.title} {trt.__version__} cannot read '{name}'", got="; ".join(problems[:3]) or "no reason given")
             allow_decomposition(trt, network)
             config = builder.create_builder_config()
@@ -142,6 +142,11 @@ class TensorRT:
 
     def _log(self) -> Any:
         return _log(self._library())
+
+
+def _problem(error: Any) -> str:
+    """``Teleport 'node_3': Plugin not found``"""
+    return f"{error.node_operator()} '{error.node_name()}': {error.desc()}".rstrip(".")
 
 
 def _flags(trt: Any) -> int:
@@ -276,7 +281,7 @@ def _log(trt: Any) -> Any:
 
         def told(self) -> str:
             """The first complaint: those that follow are of those who asked."""
-            return self.errors[0] if self.errors else ""
+            return self.errors[0].strip().rstrip(".") if self.errors else ""
 
     return Log()
 
