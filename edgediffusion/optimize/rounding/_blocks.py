@@ -26,6 +26,7 @@ from edgediffusion.optimize.state import LayerState
 
 BLOCK = re.compile(r"^(.*?(?:resnets|transformer_blocks)\.\d+)\.")  # by the names that diffusers gives to lists of blocks
 BATCH = 16  # items in one call of the network
+ITEMS = 128  # that are learned on: the network runs with them twice for every unit
 BUDGET = 2**30  # bytes of one unit's inputs and outputs; more items than fit are left out, evenly
 FLOAT_PART = 0.5
 
@@ -142,15 +143,15 @@ def _rows_of(job: Job) -> int:
 
 
 def _that_fit(job: Job, paths: Sequence[str]) -> list[int]:
-    """Items that are learned on: all, or as many as the largest unit has room for."""
+    """Items that are learned on: ``ITEMS``, or as many as the largest unit has room for."""
 
     def size(path: str) -> int:
         calls = _record(job, path, [0], outputs=True)
         leaves = [leaf for leaf in calls.inputs if isinstance(leaf, torch.Tensor)]
         return 4 * (2 * sum(leaf.numel() for leaf in leaves) + sum(leaf.numel() for leaf in calls.output))
 
-    room = max(1, BUDGET // max(map(size, paths)))
-    return [int(i) for i in np.unique(np.linspace(0, len(job.items) - 1, min(room, len(job.items))).astype(int))]
+    count = min(max(1, BUDGET // max(map(size, paths))), ITEMS, len(job.items))
+    return [int(i) for i in np.unique(np.linspace(0, len(job.items) - 1, count).astype(int))]
 
 
 def _fit_unit(
