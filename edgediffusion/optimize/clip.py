@@ -30,6 +30,8 @@ def input_clips(
     The error of channel c counts with f_c^2 sum_o,k w_ock^2: what it does to the layer's output (section 2.1 of Q-Diffusion,
     2302.04304, searches in the same way, with every channel alike).
     """
+    if not bits:
+        return {}
     errors = {name: np.zeros(len(CANDIDATES)) for name in bits}
     modules = layers_of(module)
     counts = {name: output_importance(found[name], layers[name]) for name in bits}
