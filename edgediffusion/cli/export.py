@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -25,10 +25,9 @@ _DTYPES: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": 
     metavar="MODULE",
     help="Also give graphs of the denoiser's parts, cut here, for caching; may be repeated.",
 )
+@click.option("--row-timesteps", is_flag=True, help="Let rows of a call be at different time steps: for streams.")
 @json_option
-def command(
-    source: Path, output: Path, dtype: str, opset: int, weights: Literal["link", "copy"], cuts: tuple[str, ...], as_json: bool
-) -> None:
+def command(source: Path, output: Path, dtype: str, cuts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Export SOURCE as a bundle of ONNX graphs.
 
     SOURCE is a pipeline in diffusers' folder format. Its weights are not copied where the disk can share them.
@@ -44,5 +43,5 @@ def command(
     from edgediffusion.export import export
 
     with Progress() as progress:
-        bundle = export(source, output, dtype=_DTYPES[dtype], opset=opset, weights=weights, cuts=cuts, progress=progress)
+        bundle = export(source, output, dtype=_DTYPES[dtype], cuts=cuts, progress=progress, **options)
     show_bundle(bundle, output, as_json=as_json)

@@ -49,6 +49,7 @@ def export(
     opset: int = 23,
     weights: Literal["link", "copy"] = "link",
     cuts: Sequence[str] = (),
+    row_timesteps: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a diffusers folder as a bundle; the networks are traced without ever loading their weights.
@@ -57,7 +58,8 @@ def export(
     copied into the bundle; where they are wider than ``dtype`` they are converted into a new file, one tensor at a
     time. Weights that are narrower stay as they are, with a Cast node behind each. ``cuts`` are modules of the denoiser, such as
     ``up_blocks.2.resnets.1`` or ``transformer_blocks.0``: for each the bundle has graphs of the denoiser's parts (docs/caching.md).
-    ``progress`` is called with what is being done and the part of all that is done, 0 to 1.
+    With ``row_timesteps`` the rows of a call of the denoiser may be at different time steps, as those of a stream are (docs/streaming.md);
+    other tools expect one time step for all. ``progress`` is called with what is being done and the part of all that is done, 0 to 1.
 
     Raises:
         SourceError: the source cannot be read as a pipeline that is known here; the message says what to do.
@@ -74,5 +76,6 @@ def export(
         from edgediffusion.export.source import Source
 
         origin = Source.open(Path(source))
-        write_bundle(origin, folder, dtype=dtype, opset=opset, link=weights == "link", cuts=tuple(cuts), progress=progress)
+        options = {"dtype": dtype, "opset": opset, "link": weights == "link", "cuts": tuple(cuts), "row_timesteps": row_timesteps}
+        write_bundle(origin, folder, **options, progress=progress)  # type: ignore[arg-type]
     return Bundle.open(output, verify=False)

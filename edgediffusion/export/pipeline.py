@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from edgediffusion.errors import ArgumentError
 from edgediffusion.export import Progress, tokenizers
 from edgediffusion.export.checkpoint import Stored
 from edgediffusion.export.cut_graphs import write_part
-from edgediffusion.export.families import FLOAT, Family, Part, Tensor, family_of
+from edgediffusion.export.families import BATCH, FLOAT, Family, Part, Tensor, family_of
 from edgediffusion.export.group_norm import lower_group_norm
 from edgediffusion.export.naming import match
 from edgediffusion.export.simplify import simplify
@@ -29,6 +30,7 @@ from edgediffusion.export.weights import attach
 from edgediffusion.files import sha256
 
 MODEL = "model.onnx"
+TIMESTEP = "timestep"
 PROMPTS = "prompts.txt"  # those that a source recommends for calibration
 _SHOWN = 12  # cuts in a message
 _ORIGINS = ("_name_or_path", "name_or_path")
@@ -36,7 +38,15 @@ _TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript")
 
 
 def write_bundle(
-    source: Source, folder: Path, *, dtype: str, opset: int, link: bool, cuts: Sequence[str], progress: Progress | None
+    source: Source,
+    folder: Path,
+    *,
+    dtype: str,
+    opset: int,
+    link: bool,
+    cuts: Sequence[str],
+    row_timesteps: bool,
+    progress: Progress | None,
 ) -> None:
     """Fill the empty ``folder``. Everything that can be refused is refused before the first graph is traced.
 
@@ -57,10 +67,10 @@ def write_bundle(
         if progress is not None:
             progress(f"exporting {part.name}", done / len(parts))
         of_part = chosen.get(part, ())
-        model = _graph(part, bones.pop(part), getattr(torch, dtype), opset, of_part)
-        whole, cut_out = (
-            (described[part], ()) if part.cuts is None or not of_part else part.cuts.settle(model.graph, described[part], of_part)
-        )
+        model, whole = _graph(part, bones.pop(part), getattr(torch, dtype), opset, of_part), described[part]
+        if row_timesteps and part.role == "denoise":
+            whole = _with_row_timesteps(model.graph, whole)
+        whole, cut_out = (whole, ()) if part.cuts is None or not of_part else part.cuts.settle(model.graph, whole, of_part)
         _write_graph(source, part, model, stored[part], folder / part.name, link=link, placed=placed)
         components += [whole, *(write_part(model, folder / part.name, component, folder) for component in cut_out)]
     if progress is not None:
@@ -72,6 +82,8 @@ def write_bundle(
     arguments: dict[str, object] = {"pipeline": source.class_name, "source": source.digest(digests), "dtype": dtype, "opset": opset}
     if chosen:
         arguments["cuts"] = [cut for of_part in chosen.values() for cut in of_part]
+    if row_timesteps:
+        arguments["row_timesteps"] = True
     history = (Verb("export", arguments, {tool: version(tool) for tool in _TOOLS}),)
     known = _known(folder, placed, digests)
     bundle.write(folder, family=name, components=tuple(components), sampling=sampling, history=history, known=known)
@@ -109,6 +121,14 @@ def _graph(part: Part, bones: Skeleton, dtype: torch.dtype, opset: int, cuts: Se
     simplify(model)
     lower_group_norm(model)
     return model
+
+
+def _with_row_timesteps(graph: ir.Graph, component: Component) -> Component:
+    """Let the time step have a value for each row. It was traced with one for all, which the graph expands to the rows."""
+    value = next(value for value in graph.inputs if value.name == TIMESTEP)
+    value.shape = ir.Shape([BATCH.name])
+    spec = next(spec for spec in component.inputs if spec.name == TIMESTEP)
+    return replace(component, inputs=tuple(replace(s, shape=(BATCH.name,)) if s is spec else s for s in component.inputs))
 
 
 def _write_graph(

@@ -104,7 +104,7 @@ def _foldable(bundle: Bundle) -> tuple[Sampling, tuple[Component, ...]]:
             raise BundleError(
                 f"The graph '{component.name}' takes a time step for each row, and only one for all rows can be folded",
                 got=f"{TIMESTEP} {list(specs[TIMESTEP].shape)}",
-                do="Export the pipeline again.",
+                do="Export the pipeline without --row-timesteps.",
             )
     return bundle.sampling, chosen
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +38,16 @@ _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 _OF_PICTURES = {"negative_prompt", "prompt_weights", "class_labels", "image", "mask_image", "strength"} | {
     *("height", "width", "num_images", "latents", "tile")
 }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A settled request: ``conditions`` are [rows, ...], the unconditional ones first where the plan is classifier-free."""
+
+    plan: Plan
+    conditions: Mapping[str, np.ndarray]
+    graph: Graph
+    autoencoder: Autoencoder
 
 
 class Pipeline:
@@ -189,6 +199,12 @@ class Pipeline:
             denoised = step.latents
             _tell(callback, step)
         return denoised
+
+    def prepared(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Prepared:
+        """What a loop of another shape needs, such as that of a stream. Arguments as for a call."""
+        request = Request(prompt, **options)
+        settled = plan(request, self.sampling)
+        return Prepared(settled, self._conditions(request, settled)[0], self._denoise, self._autoencoder)
 
     def _loop(
         self,

@@ -40,6 +40,10 @@ class StreamBatch:
         self._alpha, self._sigma = (_column([getattr(p, part) for p in self.points]) for part in ("alpha", "sigma"))
         self._skip, self._out = (_column(part) for part in zip(*(boundary(p.timestep) for p in self.points), strict=True))
         self._timesteps = np.array([p.timestep for p in self.points], np.float32)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget every frame that is under way."""
         self._waiting = np.zeros_like(self.noise[1:])
         self._stock = np.zeros_like(self.noise)
         self._entered = 0
