@@ -369,6 +369,28 @@ def test_a_bias_of_gptq_stays_behind_the_product(weights, x):
     _close(found, exact, 0.02)
 
 
+@pytest.mark.parametrize("way", ["tensor", "token"])
+def test_a_gemm_keeps_its_bias_and_one_that_scales_is_declined(weights, x, way):
+    """As torch exports linear layers of two axes, with the weight [out, in]."""
+    text = """<ir_version: 10, opset_import: ["": 23]>
+        network (float[n, 64] x) => (float[n, 96] y) {{ y = Gemm <transB = 1{more}> (x, weight, bias) }}"""
+    state, rows = _states(weights, x)["first"], x.reshape(-1, 64)
+    found = {}
+    for more in ("", ", alpha = 2.0"):
+        proto = onnx.parser.parse_model(text.format(more=more))
+        proto.graph.node[0].input[1] = "first.weight"
+        tensors = {"first.weight": weights["first"], "bias": weights["bias"]}
+        proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in tensors.items())
+        model = ir.from_proto(proto)
+        found[more] = insert_qdq(model, {"first": state}, Recipe("r", "int8", "int8", dynamic=way), CPU)
+        if not more:
+            session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+            exact = rows @ weights["first"].T + weights["bias"]
+            assert np.linalg.norm(session.run(None, {"x": rows})[0] - exact) < 0.02 * np.linalg.norm(exact)
+    assert found[""].quantized == ("first",)
+    assert "scales" in found[", alpha = 2.0"].declined["first"]
+
+
 def test_the_choice_of_a_format_survives_saving(weights, x, tmp_path):
     from edgediffusion.optimize.state import QuantizationState
 

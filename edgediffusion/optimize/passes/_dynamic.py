@@ -79,21 +79,23 @@ class DynamicProducts:
     quantized: dict[tuple[object, ...], tuple[ir.Value, ...]] = field(default_factory=dict)  # by the tensor and the number of groups
 
     def replace(self, layer: Layer, source: ir.Value, state: LayerState, weights: str, activations: str) -> None:
-        """Let integer products of ``source`` take the place of the layer's node, whose bias must be in an Add."""
-        node, output = layer.node, layer.node.outputs[0]
-        given = (
-            self._tensor(layer, source, state, weights) if self.way == "tensor" else self._token(layer, source, state, weights, activations)
-        )
+        """Let integer products of ``source`` take the place of the layer's node; a Gemm's bias is added behind."""
+        node, output, add = layer.node, layer.node.outputs[0], self.add
+        make = self._tensor if self.way == "tensor" else self._token
+        given = make(layer, source, state, weights, activations)
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            total = ir.node("Add", [given, node.inputs[2]])
+            given = add.made(total, f"{output.name}.biased", output, layer.dtype, before=node)
         given.type, given.shape = output.type, output.shape
         for use in list(output.uses()):
             use.node.replace_input_with(use.idx, given)
-        given.name, output.name = output.name, self.add.unused(f"{output.name}.float")
-        for at, value in enumerate(self.add.graph.outputs):
+        given.name, output.name = output.name, add.unused(f"{output.name}.float")
+        for at, value in enumerate(add.graph.outputs):
             if value is output:
-                self.add.graph.outputs[at] = given
-        self.add.graph.remove(node, safe=True)
+                add.graph.outputs[at] = given
+        add.graph.remove(node, safe=True)
 
-    def _tensor(self, layer: Layer, source: ir.Value, state: LayerState, weights: str) -> ir.Value:
+    def _tensor(self, layer: Layer, source: ir.Value, state: LayerState, weights: str, activations: str) -> ir.Value:
         name, output, add = f"{layer.name}.weight", layer.node.outputs[0], self.add
         if (key := (source,)) not in self.quantized:
             wide = source
@@ -143,6 +145,13 @@ class DynamicProducts:
         scale = add.constant(f"{name}.scale", np.ascontiguousarray(steps[:, None]))
         product = ir.node("MultiplyTokens", [source, *self.quantized[key], stored, scale, sums], domain=DOMAIN)
         return add.made(product, f"{layer.node.outputs[0].name}.read", layer.node.outputs[0], layer.dtype, before=layer.node)
+
+
+def dynamic_declines(layer: Layer) -> str | None:
+    """Why a matrix product cannot be one of integers alone."""
+    attributes = layer.node.attributes
+    scaled = attributes.get_float("alpha", 1.0) != 1 or attributes.get_float("beta", 1.0) != 1 or attributes.get_int("transA", 0) != 0
+    return "its Gemm scales or turns what it reads" if layer.node.op_type == "Gemm" and scaled else None
 
 
 def add_token_functions(model: ir.Model) -> None:

@@ -31,7 +31,7 @@ from edgediffusion.optimize.graph_layers import Layer, find_layers, is_constant
 from edgediffusion.optimize.integers import E4M3_MAX, Affine, affine, channel_affine, e4m3_scale, weight_scale
 from edgediffusion.optimize.passes import _float4
 from edgediffusion.optimize.passes._additions import Additions
-from edgediffusion.optimize.passes._dynamic import DynamicProducts, add_token_functions
+from edgediffusion.optimize.passes._dynamic import DynamicProducts, add_token_functions, dynamic_declines
 from edgediffusion.optimize.passes._nodes import drop_unread
 from edgediffusion.optimize.passes._simulation import add_functions
 from edgediffusion.optimize.passes._weights import as_read, codes_of, output_axis, shape_as_read
@@ -99,7 +99,7 @@ def _declines(layer: Layer, states: Mapping[str, LayerState], recipe: Recipe, pl
         return "its input never changed in the calibration, and a range of no width has no scale"
     if recipe.formats(layer.name)[0] == "nvfp4":
         return _float4.nvfp4_declines(layer, simulated=placement.simulates)
-    return None
+    return dynamic_declines(layer) if recipe.dynamic else None
 
 
 class _Writer:
@@ -114,7 +114,7 @@ class _Writer:
 
     def quantize(self, layer: Layer, state: LayerState, weights: str, activations: str) -> None:
         node = layer.node
-        if self.dynamic.way and node.op_type == "MatMul" and activations != "float":
+        if self.dynamic.way and node.op_type != "Conv":
             if state.bias is not None:
                 self._set_bias(layer, state.bias)
             self.dynamic.replace(layer, self._input(layer, state, "float"), state, weights, activations)
