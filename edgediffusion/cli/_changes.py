@@ -16,16 +16,16 @@ from edgediffusion.text import table
 
 _FORMATS = {".png": "PNG", ".webp": "WEBP"}
 _SIDE, _GAP, _TITLE = 240, 16, 16  # pixels
-_LONG = 60  # letters of a policy in a table
 
 
 def tuned_text(found: Tuned) -> str:
-    head = ["policy", "time", "whole calls", "PSNR median", "9 of 10 reach", "worst", "best"]
+    head = ["time", "whole calls", "PSNR median", "9 of 10 reach", "worst", "policy"]
+    best = [outcome for outcome in found.outcomes if outcome.best]
     lines = [
-        table(head, [_row(outcome) for outcome in found.outcomes]),
+        table(head, [_row(outcome) for outcome in best]),
         "",
         f"{found.pictures} pictures of {found.steps} calls of the network; time is in parts of the uncached {found.uncached_ms:.1f} ms",
-        "best: no other policy is both faster and nearer to the uncached pictures",
+        f"{len(best)} of {len(found.outcomes)} policies: no other one is both faster and nearer to the uncached pictures",
     ]
     if found.chosen is None:
         return "\n".join([*lines, f"No policy is faster with {found.quality_db:g} dB for nine of ten pictures."])
@@ -33,9 +33,8 @@ def tuned_text(found: Tuned) -> str:
 
 
 def _row(outcome: Outcome) -> list[str]:
-    name = outcome.policy if len(outcome.policy) <= _LONG else outcome.policy[: _LONG - 3] + "..."
     psnr = (outcome.psnr_db, outcome.psnr_p10_db, outcome.psnr_worst_db)
-    return [name, f"{outcome.time:.2f}", f"{outcome.calls:.2f}", *(f"{value:.1f}" for value in psnr), "*" if outcome.best else ""]
+    return [f"{outcome.time:.2f}", f"{outcome.calls:.2f}", *(f"{value:.1f}" for value in psnr), outcome.policy]
 
 
 def check_output(output: Path | None) -> None:

@@ -29,17 +29,19 @@ def profile_table(profile: Profile) -> str:
             table(head, profile_rows(profile)),
             "",
             f"one step of the denoiser: {profile.step_ms:.2f} ms (median of {runs} runs)",
-            *(
-                []
-                if profile.cached_step_ms is None
-                else [f"with --cache {profile.cache}: {profile.cached_step_ms:.2f} ms (mean of a picture's steps)"]
-            ),
+            *_cached(profile),
             f"first import to loaded pipeline: {used.load_s:.2f} s",
             f"peak memory of a generation: {size(used.peak_bytes)}, of which Python and NumPy {size(used.before_bytes)}",
             f"bundle: {size(profile.bundle_bytes)}",
             f"machine: {profile.machine}; target: {profile.target or 'the only one built, or the ONNX files'}",
         ]
     )
+
+
+def _cached(profile: Profile) -> list[str]:
+    if profile.cached_step_ms is None:
+        return []
+    return [f"with --cache {profile.cache}: {profile.cached_step_ms:.2f} ms (mean of a picture's steps)"]
 
 
 def contact_sheet(rows: Sequence[Sequence[Any]], labels: Sequence[str], captions: Sequence[str], *, zoom: int = 3) -> Any:
