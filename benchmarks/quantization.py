@@ -245,6 +245,7 @@ def _formats() -> Sequence[_Case]:
         ("W4A4", "int4, mse", "int4", "int4", chosen),
         ("W4A4", "FP4 by layer, mse", "fp4", "fp4", chosen),
         ("W4A4", "the same, rotated (HQ-DiT)", "fp4", "fp4", {**chosen, "rotate": ("",)}),
+        ("W4A4", "NVFP4, rank 32 (SVDQuant)", "nvfp4", "nvfp4", {"balance": "smoothquant", "rank": 32}),
         ("W4A16", "int4, scales for 16 inputs", "int4", "float", {"group": 16}),
         ("W4A16", "NVFP4", "nvfp4", "float", {}),
     ]

@@ -100,3 +100,11 @@ def nvfp4_values(weight: np.ndarray, scales: np.ndarray, tensor_scale: np.float3
     blocks = weight.reshape(len(weight), -1, BLOCK).astype(np.float32)
     steps = scales.astype(np.float32) * tensor_scale
     return round_to(blocks / steps[..., None], "e2m1").reshape(weight.shape)
+
+
+def read_nvfp4(weight: np.ndarray) -> np.ndarray:
+    """What is read back of a weight [out, in]."""
+    scale = nvfp4_tensor_scale(float(np.abs(weight).max()))
+    blocks = nvfp4_block_scales(weight, scale)
+    steps = np.repeat(blocks.astype(np.float32) * scale, BLOCK, 1)
+    return np.asarray(nvfp4_values(weight, blocks, scale) * steps)

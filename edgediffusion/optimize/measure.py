@@ -18,7 +18,7 @@ from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
 from edgediffusion.optimize.balance import Balance
 from edgediffusion.optimize.balances import by_running, by_statistics
-from edgediffusion.optimize.float4 import candidates, choose_weight_format
+from edgediffusion.optimize.float4 import BLOCK, candidates, choose_weight_format, read_nvfp4
 from edgediffusion.optimize.integers import LOW_BITS, best_weight_amax
 from edgediffusion.optimize.low_rank import low_rank
 from edgediffusion.optimize.observed import Observed
@@ -213,7 +213,8 @@ class _Named:
     def branches(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the layer's weight gets a branch of low rank beside it."""
         rank = self.recipe.rank
-        return 0 < rank < min(shape) and len(shape) == 2 and self.bits(name)[0] <= LOW_BITS and not self.excludes(name)
+        whole = self.formats(name)[0] != "nvfp4" or shape[1] % BLOCK == 0
+        return 0 < rank < min(shape) and len(shape) == 2 and self.bits(name)[0] <= LOW_BITS and whole and not self.excludes(name)
 
     def excludes(self, name: str) -> bool:
         return self.recipe.excludes(name.removeprefix(self.prefix)) is not None
@@ -226,15 +227,15 @@ def _layers(found: Mapping[str, Observed], balances: Mapping[str, Balance], reci
 def _layer(layer: Observed, balance: Balance, recipe: _Named, name: str) -> LayerState:
     factors, up, down = balance.factors, balance.up, balance.down
     weight = balanced_weight(layer.weight, factors, layer.groups)
-    bits = recipe.bits(name)[0]
+    bits, form = recipe.bits(name)[0], recipe.formats(name)[0]
     groups = recipe.recipe.groups(weight.shape)
     importance = (layer.input.mean_square / factors.astype(np.float64) ** 2).reshape(1, -1, *[1] * (weight.ndim - 2))
     if up is None and recipe.branches(name, weight.shape):
-        up, down = low_rank(weight, recipe.recipe.rank, bits, importance)
+        up, down = low_rank(weight, recipe.recipe.rank, bits, importance, read=read_nvfp4 if form == "nvfp4" else None)
     if up is not None and down is not None:
         weight = weight - up @ down
     rows = weight.reshape(len(weight) * groups, -1)
-    amax, formats, form = np.abs(rows).max(1), ("", ""), recipe.formats(name)[0]
+    amax, formats = np.abs(rows).max(1), ("", "")
     if form in FLOAT4 and not recipe.excludes(name):
         counts = importance if layer.groups == 1 else np.ones(1)
         form, amax = choose_weight_format(weight, counts, candidates(form), search=recipe.recipe.ranges == "mse")

@@ -227,7 +227,7 @@ def quantize_model(model: Any, states: Mapping[str, LayerState], recipe: Recipe,
 
     branches = places(model, states)
     report = insert_qdq(model, states, recipe, placement)
-    add_low_rank(model, branches)
+    add_low_rank(model, [branch for branch in branches if branch.name in report.quantized])
     return report
 
 

@@ -198,8 +198,8 @@ def _check_floats(recipe: Recipe) -> None:
     allowed: dict[str, tuple[object, ...]] = {"ranges": ("max",), "rounding": ("nearest",)}
     if "fp8" not in used:  # four bits
         family = ("nvfp4",) if "nvfp4" in used else FLOAT4
-        allowed = {"weights": family, "activations": (*family, "float"), "rounding": ("nearest",), "group": (0,), "rank": (0,)}
-        allowed |= {"ranges": ("max",)} if "nvfp4" in used else {"ranges": ("max", "mse"), "stages": (1,)}
+        allowed = {"weights": family, "activations": (*family, "float"), "rounding": ("nearest",), "group": (0,)}
+        allowed |= {"ranges": ("max",)} if "nvfp4" in used else {"ranges": ("max", "mse"), "stages": (1,), "rank": (0,)}
     _check_fields(recipe, f"{' and '.join(sorted(used))} beside what is for integers or for other formats", allowed)
 
 

@@ -17,6 +17,7 @@ from edgediffusion.optimize.float4 import (
     nvfp4_tensor_scale,
     nvfp4_values,
     read_float4,
+    read_nvfp4,
     round_to,
 )
 from edgediffusion.optimize.integers import weight_codes, weight_scale
@@ -430,6 +431,28 @@ def test_calibration_chooses_formats_by_what_layers_hold_and_see(weights, x, ran
         assert (layers["wide"].formats[1], layers["even"].formats[1]) == ("e1m2", "e3m0")
     if activations == "float":
         assert layers["wide"].formats[1] == ""
+
+
+def test_nvfp4_beside_a_float_branch_keeps_large_directions(weights, x):
+    """SVDQuant's NVFP4: what is left of the weight has smaller blocks; a layer that is declined gets no branch."""
+    from edgediffusion.optimize.low_rank import low_rank
+    from edgediffusion.optimize.quantize import quantize_model
+
+    rng = np.random.default_rng(0)
+    strong = weights | {"first": weights["first"] + 5 * np.outer(rng.standard_normal(96), rng.standard_normal(64)).astype(np.float32)}
+    exact = _expected(strong, x, lambda _, v: v, lambda _, v: v)[0]
+    errors, plain = {}, _states(strong, x)
+    up, down = low_rank(strong["first"], 4, 4, np.ones((1, 64)), read=read_nvfp4)
+    rest = np.abs(strong["first"] - up @ down).max(1)
+    branched = plain | {"first": replace(plain["first"], up=up, down=down, weight_amax=rest)}
+    for name, states in (("plain", plain), ("branch", branched)):
+        model = ir.from_proto(_proto(strong))
+        quantize_model(model, states, Recipe("r", "nvfp4", "float"), SIMULATED)
+        errors[name] = np.linalg.norm(_run(ir.to_proto(model), x)[0] - exact)
+    assert errors["branch"] < 0.7 * errors["plain"]
+    model = ir.from_proto(_proto(strong))
+    quantize_model(model, branched, Recipe("r", "nvfp4", "float", exclude=("first",)), SIMULATED)
+    assert not any(name.startswith("first.down") for name in model.graph.initializers)
 
 
 def test_a_graph_alone_cannot_choose_formats_of_inputs():

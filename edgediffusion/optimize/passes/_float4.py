@@ -25,6 +25,7 @@ from edgediffusion.optimize.float4 import (
     nvfp4_tensor_scale,
     nvfp4_values,
     read_float4,
+    read_nvfp4,
 )
 from edgediffusion.optimize.graph_layers import Layer
 from edgediffusion.optimize.integers import e4m3_scale
@@ -99,10 +100,7 @@ def simulated_weight(add: Additions, layer: Layer, state: LayerState, kind: str)
         if kind != "nvfp4":
             amax = state.weight_amax.reshape(-1, *[1] * (weight.ndim - 1))
             return as_read(read_float4(weight.astype(np.float32), amax, kind), layer).astype(layer.dtype.numpy())
-        tensor_scale = nvfp4_tensor_scale(float(state.weight_amax.max()))
-        blocks = nvfp4_block_scales(weight, tensor_scale)
-        steps = np.repeat(blocks.astype(np.float32) * tensor_scale, BLOCK, 1)
-        return as_read(nvfp4_values(weight, blocks, tensor_scale) * steps, layer).astype(layer.dtype.numpy())
+        return as_read(read_nvfp4(weight), layer).astype(layer.dtype.numpy())
 
     return add.later(f"{layer.name}.weight.read", values, layer.dtype, shape_as_read(layer))
 
