@@ -5,9 +5,14 @@
     build(model: Path, engine: Path, *, threads) -> None    make an engine file of an ONNX file
     open_session(file: Path, *, threads) -> Session     load an engine file, or an ONNX file where the library can
 
-An engine that can tell how long each node of a graph takes has also
+An engine may have also
 
-    time_nodes(files, feeds, *, runs, threads) -> list[tuple[NodeTime, ...]]
+    options: tuple[str, ...]            keyword arguments that its build takes beside threads, of device, precision,
+                                        compute_capabilities, shapes, timing_cache, progress
+    reads_onnx = False                  open_session takes built engines only
+    compute_capability() -> str         that of the GPU here; EngineError if there is none. Its engines are for a GPU
+    portable: tuple[str, ...]           what engine.json says that need not be the same where engines run
+    time_nodes(files, feeds, *, runs, threads) -> list[tuple[NodeTime, ...]]    what each node of a graph takes
 
 A vendor library is imported inside functions only, so naming an engine never loads it.
 """
