@@ -17,6 +17,7 @@ from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.autoencoder import Gaussian
 from edgediffusion.runtimes.images import pictures, size, to_input, to_mask
 from edgediffusion.runtimes.noise import Noise
+from edgediffusion.runtimes.samplers import Sampler
 from edgediffusion.runtimes.schedules import Point, Points
 
 STRENGTH, INPAINTING_STRENGTH = 0.8, 1.0  # diffusers' defaults
@@ -40,8 +41,8 @@ class Painting:
         """Whether nothing of the picture is in the start: diffusers' inpainting at full strength."""
         return bool(self.masks) and self.strength == 1.0
 
-    def points(self, points: Points, steps: int, sampler: str, *, is_flow: bool) -> Points:
-        """The end of a walk of ``steps`` steps, of which the first ones are left out.
+    def points(self, points: Points, steps: int, name: str, sampler: Sampler, *, is_flow: bool) -> Points:
+        """The end of a sampler's walk of ``steps`` steps, of which the first ones are left out.
 
         Raises:
             ArgumentError: no step is left, or the sampler's calls of the network do not divide into steps.
@@ -52,9 +53,12 @@ class Painting:
             raise ArgumentError(
                 f"At strength {self.strength:g} no step of {steps} is left", allowed="more steps, or a strength nearer to 1"
             )
+        if skipped and hasattr(sampler, "after"):
+            later: Points = sampler.after(points, skipped)
+            return later
         calls = -(-len(points) // steps)
         if skipped and len(points) not in (calls * steps, calls * (steps - 1) + 1):
-            raise ArgumentError(f"The sampler '{sampler}' cannot begin in the middle", do="Take another one, or a strength of 1.")
+            raise ArgumentError(f"The sampler '{name}' cannot begin in the middle", do="Take another one, or a strength of 1.")
         return Points(points.at[skipped * calls :], points.to[skipped * calls :], points.noise_scale)
 
 

@@ -141,7 +141,7 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     walk = sampler.points(schedule, steps)
     _refuse_other_timesteps(request, walk, name)
     painted = painting(request.image, request.mask_image, request.strength)
-    points = walk if painted is None else painted.points(walk, steps, name, is_flow=schedule.kind == "flow")
+    points = walk if painted is None else painted.points(walk, steps, name, sampler, is_flow=schedule.kind == "flow")
     check_predictable(sampling.prediction, points, name)
     check_folded(sampling.folded, points, steps, name)
     scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale

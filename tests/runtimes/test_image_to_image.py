@@ -18,8 +18,11 @@ from PIL import Image
 
 from edgediffusion.bundle import Component, NoiseSchedule, Sampling, TensorSpec
 from edgediffusion.errors import ArgumentError, BundleError
-from edgediffusion.runtimes import Pipeline
+from edgediffusion.registry import names
+from edgediffusion.runtimes import Pipeline, Request
 from edgediffusion.runtimes.images import open_image
+from edgediffusion.runtimes.request import plan
+from edgediffusion.runtimes.samplers import resolve
 
 from .test_against_diffusers import as_function
 from .tiny import ENCODE, SAMPLING, TOKENS, FakeSession, write_bundle, write_tokenizer
@@ -41,13 +44,14 @@ def drawn(twins: Twins, sampler: str, **arguments: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler-ancestral", "dpmpp-2m"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler-ancestral", "dpmpp-2m", "heun", "unipc"])
 def test_equals_diffusers(twins: Twins, sampler: str, strength: float) -> None:
     asked = {"image": picture(1), "strength": strength, "num_inference_steps": 8, "guidance_scale": 4.0, "negative_prompt": "blue"}
     theirs = drawn(twins, sampler, prompt=PROMPTS[0], **asked)
     ours = twins.ours(PROMPTS[0], seed=5, sampler=sampler, **asked)
     assert np.abs(ours.pixels - theirs).max() < LEVEL
-    assert len(ours.timings.step_ms) == int(8 * strength)
+    calls = 2 if sampler == "heun" else 1
+    assert len(ours.timings.step_ms) == calls * int(8 * strength) - (calls - 1)
 
 
 def test_a_batch_of_pictures_equals_diffusers(twins: Twins) -> None:
@@ -226,3 +230,31 @@ class TestRefusals:
         exif[0x0112] = 6  # orientation: to be turned by a quarter
         picture(1).save(tmp_path / "a.jpg", exif=exif)
         assert open_image(tmp_path / "a.jpg").size == (16, 24)
+
+
+class TestWhereToBegin:
+    @pytest.mark.parametrize("sampler", [name for name in names("runtimes.samplers") if name != "restart"])
+    def test_every_sampler_begins_in_the_middle_of_its_walk(self, twins: Twins, sampler: str) -> None:
+        flow = resolve(sampler)[1].KIND == "flow"
+        sampling = replace(SAMPLING, prediction="flow", schedule=NoiseSchedule("flow", 1000)) if flow else twins.bundle.sampling
+        assert sampling is not None
+        asked = {"image": picture(1), "sampler": sampler, "num_inference_steps": 8}
+        whole, half = (plan(Request("", strength=strength, **asked), sampling) for strength in (1.0, 0.5))
+        assert half.points.at[-1] == whole.points.at[-1]
+        assert half.points.to[-1] == whole.points.to[-1]
+        levels = [at.sigma / at.alpha for at in whole.points.at if at.alpha > 0]
+        assert min(levels) < half.points.at[0].sigma / half.points.at[0].alpha < max(levels)
+
+    def test_a_sampler_that_repeats_its_first_step_repeats_that_of_the_rest(self, twins: Twins) -> None:
+        assert twins.bundle.sampling is not None
+        found = plan(Request("", image=picture(1), strength=0.5, sampler="pndm", num_inference_steps=8), twins.bundle.sampling)
+        assert [at.timestep for at in found.points.at] == [376, 251, 251, 126, 1]
+
+    def test_pndm_stays_near_other_samplers(self, twins: Twins) -> None:
+        asked = {"image": picture(1), "strength": 0.5, "num_inference_steps": 50, "guidance_scale": 1.0}
+        ddim, pndm = (twins.ours("a cat", sampler=sampler, **asked).latents for sampler in ("ddim", "pndm"))
+        assert np.abs(pndm - ddim).max() < 0.1 * np.abs(ddim).max()
+
+    def test_a_sampler_that_cannot(self, twins: Twins) -> None:
+        with pytest.raises(ArgumentError, match="'restart' cannot begin in the middle"):
+            twins.ours("a cat", image=picture(1), sampler="restart", num_inference_steps=20, strength=0.5)

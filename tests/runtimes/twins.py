@@ -18,6 +18,7 @@ from .test_against_diffusers import BETAS, SCHEDULERS, TOKENS, WIDTH, as_functio
 from .tiny import DECODE, ENCODE, SAMPLING, FakeSession, write_bundle
 
 HEIGHT, WIDTH_PIXELS = 16, 24
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"heun": ("HeunDiscreteScheduler", {}), "unipc": ("UniPCMultistepScheduler", {})}
 PROMPTS = ["a red shirt", "a cat"]
 LEVEL = 1e-4  # what a pixel may differ: the same float32 networks, on states that differ by rounding; 1/255 is 4e-3
 
@@ -121,7 +122,7 @@ class Twins:
         self.ours = Pipeline(self.bundle, self.sessions)
 
     def theirs(self, family: str, sampler: str) -> Any:
-        name, arguments = SCHEDULERS[sampler]
+        name, arguments = {**SCHEDULERS, **OTHERS}[sampler]
         scheduler = getattr(diffusers, name)(**BETAS, timestep_spacing=self.spacing, steps_offset=1, **arguments)
         extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, family)(**self.parts, scheduler=scheduler, **extras)

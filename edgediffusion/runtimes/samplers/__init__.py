@@ -11,6 +11,10 @@ and, where it adds noise in every step,
     noise_terms(at: Point, to: Point) -> (s, c)                 a step adds noise of deviation s, and an error of the
                                                                 network's epsilon enters the state times c
 
+where its calls do not divide evenly into steps and it can begin in the middle all the same, as image to image does,
+
+    after(points: Points, skipped: int) -> Points               the walk without that many of its first steps
+
 ``denoise(x, i)`` returns the network's estimate of x_0 at ``points.at[i]``: a sampler never asks what the network
 predicts. ``x`` is float32 [batch, ...], the state as the network sees it (see schedules.py); ``noise`` is a stream of
 standard normal numbers, used by samplers that add some. A sampler keeps its state in the call and leaves ``x`` as it is. A

@@ -82,6 +82,18 @@ def _prk(timesteps: Sequence[int], distance: int) -> tuple[list[int], list[int]]
     return [*at, *rest], [*to, *(t - distance for t in rest)]
 
 
+def after(points: Points, skipped: int, options: Options = Options()) -> Points:
+    """The walk without its first steps: it begins with the same warm-up, at a later timestep.
+
+    Raises:
+        ArgumentError: case 2, whose calls in the middle of steps lie elsewhere then.
+    """
+    if not options.skip_prk_steps:
+        raise ArgumentError("A walk that begins with Runge and Kutta's steps cannot begin later", do="Take skip_prk_steps=true.")
+    at, to = (points.at[0], *points.at[2:])[skipped:], (points.to[0], *points.to[2:])[skipped:]
+    return Points((*at[:2], *at[1:]), (*to[:1], at[1], *to[1:]), points.noise_scale) if len(at) > 1 else Points(at, to, points.noise_scale)
+
+
 def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, options: Options = Options()) -> Iterator[np.ndarray]:
     past: list[np.ndarray] = []  # estimates of the noise at the beginnings of steps, the newest first
     warm_up = _runge_kutta if not options.skip_prk_steps else _repeated_first
