@@ -206,3 +206,10 @@ def test_a_machine_that_no_target_describes_is_told_so(monkeypatch: pytest.Monke
     monkeypatch.setattr(platform, "machine", lambda: "z80")
     with pytest.raises(ArgumentError, match="No known target describes this machine. Got: z80"):
         targets.detect(targets.this_machine(Path("nowhere"), lambda command: ""))
+
+
+def test_the_file_that_the_documentation_shows_is_a_target(tmp_path: Path) -> None:
+    page = (ROOT.parent / "docs" / "targets.md").read_text(encoding="utf-8")
+    target = targets.load(write(tmp_path, page.split("```toml\n")[1].split("```")[0]))
+    assert target.compute_capability == "8.6"
+    assert target.unverified == ("power_modes_w",)

@@ -65,6 +65,7 @@ class Machine:
     memory_bytes: int
     memory_allowed_bytes: int
     disk_free_bytes: int
+    accelerators: tuple[targets.Device, ...]
     target: str | None
 
 
@@ -108,10 +109,18 @@ def text(found: Findings) -> str:
         f"instructions for int8 and bfloat16: {', '.join(here.features) or 'none known'}",
         f"cores: {here.cores_allowed:g} of {here.cores}; memory: {size(here.memory_allowed_bytes)} of {size(here.memory_bytes)}",
         f"free disk here: {size(here.disk_free_bytes)}",
+        f"accelerators: {', '.join(map(_accelerator, here.accelerators)) or 'none found'}",
         f"target: {here.target or 'none describes this machine; see edgediffusion targets'}",
         *found.advice,
     ]
     return "\n".join(lines)
+
+
+def _accelerator(device: targets.Device) -> str:
+    told = (f"{device.memory_gb:.3g} GB", f"compute capability {device.compute_capability}", f"driver {device.driver}")
+    known = (bool(device.memory_gb), bool(device.compute_capability), bool(device.driver))
+    words = [text for text, there in zip(told, known, strict=True) if there]
+    return device.name + (f" ({', '.join(words)})" if words else "")
 
 
 def _requirements() -> dict[str, tuple[str, str]]:
@@ -166,9 +175,9 @@ def _advice(pieces: tuple[Piece, ...]) -> tuple[str, ...]:
 
 
 def _machine() -> Machine:
-    cores, memory = os.cpu_count() or 1, _memory()
+    cores, memory, machine = os.cpu_count() or 1, _memory(), targets.this_machine()
     try:
-        target: str | None = targets.detect()
+        target: str | None = targets.detect(machine)
     except ArgumentError:
         target = None
     processor, features = _processor()
@@ -181,6 +190,7 @@ def _machine() -> Machine:
         memory_bytes=memory,
         memory_allowed_bytes=min(filter(None, (memory, _cgroup_number("memory.max", "memory/memory.limit_in_bytes"))), default=0),
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
+        accelerators=machine.devices,
         target=target,
     )
 

@@ -43,7 +43,10 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass(frozen=True)
 class OnnxHeader:
-    """``formats`` are those of weights, inputs and outputs, sorted; axes without a size or a name are called ``<tensor>.<index>``."""
+    """``formats`` are those of weights, inputs and outputs, sorted; axes without a size or a name are called ``<tensor>.<index>``.
+
+    An output need not have a type in the file: its dtype is then empty, and its shape says nothing.
+    """
 
     opset: int
     inputs: tuple[TensorSpec, ...]
@@ -109,6 +112,8 @@ def _tensor(data: memoryview) -> tuple[str, str]:
 def _spec(data: memoryview) -> TensorSpec:
     value_info = dict(_fields(data))
     name = _text(value_info[1])
+    if 2 not in value_info:
+        return TensorSpec(name, "", ())
     tensor = dict(_fields(_message(dict(_fields(_message(value_info[2])))[1])))  # TypeProto.tensor_type
     shape: list[int | str] = []
     for index, (_, dimension) in enumerate(f for f in _fields(_message(tensor.get(2, memoryview(b"")))) if f[0] == 1):

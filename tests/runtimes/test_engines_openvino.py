@@ -83,6 +83,18 @@ def test_finds_out_the_size_of_an_axis_that_only_an_output_has(engine: Any, tmp_
     assert binding.outputs["sample"].shape == (2, 3, 16, 16)
 
 
+def test_finds_out_the_type_of_an_output_that_the_file_does_not_tell(engine: Any, tmp_path: Path) -> None:
+    from onnx import load
+
+    write_denoiser(tmp_path)
+    model = load(tmp_path / DENOISE.model, load_external_data=False)
+    model.graph.output.add().name = "features"  # the convolution's, as a check of layers asks for it
+    save(model, tmp_path / DENOISE.model)
+    session = engine.open_session(tmp_path / DENOISE.model, threads=1)
+    assert session.outputs[1].dtype == "float32"
+    assert session.bind(AXES).outputs["features"].shape == (2, 4, 8, 8)
+
+
 def test_shared_arrays_are_read_and_written_in_place(engine: Any, built: Path) -> None:
     session = engine.open_session(built, threads=1)
     mine, result = np.ones((2, 4, 8, 8), np.float32), np.zeros((2, 4, 8, 8), np.float32)

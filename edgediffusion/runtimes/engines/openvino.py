@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgediffusion.bundle import axis_size
+from edgediffusion.bundle import TensorSpec, axis_size
 from edgediffusion.errors import EngineError
 from edgediffusion.registry import require
 from edgediffusion.runtimes.engines import NOT_SHARED, allocate
@@ -92,7 +92,8 @@ def open_session(file: Path, *, threads: int | None = None) -> OpenVinoSession:
         header = read_header(file)
         with _mapped(f"OpenVINO could not load '{file.parent.name}/{file.name}'"):
             compiled = _compile(core.read_model(str(file)), {"device": "CPU", "precision": "float32"}, threads)
-        return OpenVinoSession(Described(header.inputs, header.outputs), lambda which: compiled)
+            outputs = tuple(spec if spec.dtype else _spec(compiled.output(spec.name)) for spec in header.outputs)
+        return OpenVinoSession(Described(header.inputs, outputs), lambda which: compiled)
     known = described(file)
     _device(known.settings["device"].lower())
 
@@ -157,6 +158,13 @@ def _request(model: Any, inputs: Mapping[str, np.ndarray], outputs: Mapping[str,
     for name, array in (*inputs.items(), *outputs.items()):
         request.set_tensor(name, _library().Tensor(array, shared_memory=True))
     return request
+
+
+def _spec(port: Any) -> TensorSpec:
+    """An output as OpenVINO infers it."""
+    name = port.get_any_name()
+    shape = [f"{name}.{i}" if size.is_dynamic else size.get_length() for i, size in enumerate(port.get_partial_shape())]
+    return TensorSpec(name, np.dtype(port.get_element_type().to_dtype()).name, tuple(shape))
 
 
 def _library() -> Any:
