@@ -1,6 +1,6 @@
 """Which steps cost the worst pictures: python benchmarks/worst_pictures.py fashion FLOAT INT8
 
-256 pictures of the judge's prompts, 20 steps, guidance 3, by the int8 denoiser with some steps by the float one, against the float
+Pictures of the judge's prompts, 20 steps, guidance 3, by the int8 denoiser with some steps by the float one, against the float
 pipeline's from the same noise. The last row tells int8 from the pipeline's own instability: the float denoiser's predictions with white
 noise of the mean square that int8's errors have at that step.
 """
@@ -32,8 +32,9 @@ def main() -> None:
     parser.add_argument("model", choices=("fashion", "fashion-dit"))
     parser.add_argument("float_bundle")
     parser.add_argument("int8_bundle")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="a multiple of 16")
     arguments = parser.parse_args()
-    bench, rows = _Bench(Bundle.open(arguments.float_bundle), Bundle.open(arguments.int8_bundle)), []
+    bench, rows = _Bench(Bundle.open(arguments.float_bundle), Bundle.open(arguments.int8_bundle), arguments.pictures), []
     spans = ((), (0,), range(4), range(4, 8), range(8, 12), range(12, 16), range(16, 20), (19,))
     exact = bench.draw(lambda binding, step: binding.run_float())
     drawn: dict[str, np.ndarray] = {}
@@ -46,7 +47,7 @@ def main() -> None:
     rows.append(_row("all, with white noise as large as int8's errors", bench.draw(lambda b, step: b.run_noisy(errors[step], rng)), exact))
     save(
         f"worst_pictures_{arguments.model.replace('-', '_')}",
-        {"pictures": PICTURES, "steps": STEPS, "guidance_scale": GUIDANCE, "rows": rows},
+        {"pictures": arguments.pictures, "steps": STEPS, "guidance_scale": GUIDANCE, "rows": rows},
     )
     print(text.markdown_table(HEAD, [_shown(row) for row in rows]))
 
@@ -113,17 +114,17 @@ class _Session:
 
 
 class _Bench:
-    def __init__(self, exact: Bundle, int8: Bundle):
-        self.bundle = exact
+    def __init__(self, exact: Bundle, int8: Bundle, pictures: int):
+        self.bundle, self.pictures = exact, pictures
         (self.denoiser,) = exact.with_role("denoise")
         self.sessions = [onnxruntime.open_session(bundle.path / self.denoiser.model) for bundle in (exact, int8)]
         self.others = {graph.name: graph.session for graph in open_graphs(exact, ("encode", "decode"), target="onnx", threads=None)}
         prompts = judges.load("fashion").prompts
-        self.prompts = [prompts[i % len(prompts)] for i in range(PICTURES)]
+        self.prompts = [prompts[i % len(prompts)] for i in range(pictures)]
 
-    def draw(self, run: Callable[[_Binding, int], None], pictures: int = PICTURES) -> np.ndarray:
-        """Pixels; ``run`` computes one call of the denoiser at a step."""
-        calls = 0
+    def draw(self, run: Callable[[_Binding, int], None], pictures: int = 0) -> np.ndarray:
+        """Pixels of all pictures, or of the first few; ``run`` computes one call of the denoiser at a step."""
+        calls, pictures = 0, pictures or self.pictures
 
         def choose(binding: _Binding) -> None:
             nonlocal calls

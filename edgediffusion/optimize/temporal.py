@@ -13,7 +13,7 @@ embedding's own values in the place of the block.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,8 @@ class _Steps:
     targets: Mapping[str, torch.Tensor]
 
 
-def tiar(job: Job, *, iterations: int = ITERATIONS) -> dict[str, LayerState]:
-    """The quantized layers of the temporal information block with codes that were learned on it.
+def tiar(job: Job) -> dict[str, LayerState]:
+    """The quantized layers of the temporal information block with codes that were learned on it; none where nearest ones are better.
 
     Raises:
         ArgumentError: the network has no such block, all of it stays float, or what its projections read is not the embedding alone.
@@ -47,22 +47,33 @@ def tiar(job: Job, *, iterations: int = ITERATIONS) -> dict[str, LayerState]:
     wanted = {name: job.bits(name) for name in names if job.is_quantized(name)}
     _check(job, names, wanted)
     steps = _steps(job, [name for name in names if PROJECTION.match(name)])
+    with torch.no_grad(), simulated(job.module, job.layers, wanted):
+        nearest = float(_lost(job, steps))
     with simulated(job.module, job.layers, wanted, lambda bits: AdaRoundLayer) as simulation:
-        layers = [layer for layer in simulation.values() if isinstance(layer, AdaRoundLayer)]
-        optimizer = torch.optim.Adam([layer.rounding for layer in layers], lr=RATE)
-        for iteration in range(iterations):
-            done = iteration / iterations
-            given = _given(job, steps)
-            loss = torch.stack([(given[name] - target).square().sum(-1).mean() for name, target in steps.targets.items()]).sum()
-            if done >= WARM_UP:
-                b = anneal(done, warm_up=WARM_UP)
-                loss = loss + PENALTY * torch.stack([rounding_loss(layer, b) for layer in layers]).sum()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if iteration % 100 == 0:
-                job.progress(done)
-        return {name: layer.learned(job.layers[name]) for name, layer in simulation.items()}
+        _fit(job, steps, [layer for layer in simulation.values() if isinstance(layer, AdaRoundLayer)])
+        learned = {name: layer.learned(job.layers[name]) for name, layer in simulation.items()}  # every weight now up or down
+        with torch.no_grad():
+            return learned if float(_lost(job, steps)) < nearest else {}
+
+
+def _fit(job: Job, steps: _Steps, layers: Sequence[AdaRoundLayer]) -> None:
+    optimizer = torch.optim.Adam([layer.rounding for layer in layers], lr=RATE)
+    for iteration in range(ITERATIONS):
+        done = iteration / ITERATIONS
+        loss = _lost(job, steps)
+        if done >= WARM_UP:
+            b = anneal(done, warm_up=WARM_UP)
+            loss = loss + PENALTY * torch.stack([rounding_loss(layer, b) for layer in layers]).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if iteration % 100 == 0:
+            job.progress(done)
+
+
+def _lost(job: Job, steps: _Steps) -> torch.Tensor:
+    given = _given(job, steps)
+    return torch.stack([(given[name] - target).square().sum(-1).mean() for name, target in steps.targets.items()]).sum()
 
 
 def _check(job: Job, names: list[str], wanted: Mapping[str, tuple[int, int]]) -> None:

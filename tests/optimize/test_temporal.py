@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edgediffusion.errors import ArgumentError
+from edgediffusion.optimize import temporal
 from edgediffusion.optimize.measure import measure
 from edgediffusion.optimize.observe import tensors
 from edgediffusion.optimize.recipe import Recipe
@@ -103,15 +104,17 @@ def job_of(network, items, recipe=RECIPE):
     return Job(network, [feed for _, feed in items], states, recipe, 0, lambda part: None)
 
 
-def test_the_embedding_is_nearer_than_rounded_to_nearest(items):
+def test_the_embedding_is_nearer_than_rounded_to_nearest(items, monkeypatch):
+    monkeypatch.setattr(temporal, "ITERATIONS", 1500)
     job = job_of(Network(), items)
-    found = tiar(job, iterations=1500)
+    found = tiar(job)
     assert set(found) == {"time_embedding.linear_1", "time_embedding.linear_2", "resnets.0.time_emb_proj", "resnets.1.time_emb_proj"}
     assert lost(job.module, {**job.layers, **found}, items) < 0.5 * lost(job.module, job.layers, items)
 
 
-def test_every_code_is_the_one_below_or_above_and_the_same_every_time(items):
-    first, again = (tiar(job_of(Network(), items), iterations=300) for _ in range(2))
+def test_every_code_is_the_one_below_or_above_and_the_same_every_time(items, monkeypatch):
+    monkeypatch.setattr(temporal, "ITERATIONS", 500)
+    first, again = (tiar(job_of(Network(), items)) for _ in range(2))
     weight = Network().time_embedding.linear_2.weight.detach().numpy()
     state = first["time_embedding.linear_2"]
     steps = np.clip(weight / (state.weight_amax / 7)[:, None], -7, 7)
@@ -121,11 +124,15 @@ def test_every_code_is_the_one_below_or_above_and_the_same_every_time(items):
 
 
 def test_a_recipe_asks_for_it(items, monkeypatch):
-    monkeypatch.setattr("edgediffusion.optimize.temporal.ITERATIONS", 50)
-    monkeypatch.setattr(tiar, "__kwdefaults__", {"iterations": 50})
+    monkeypatch.setattr(temporal, "ITERATIONS", 500)
     states = measure(Network(), items, RECIPE)
     assert states["time_embedding.linear_1"].codes is not None
     assert states["conv"].codes is None
+
+
+def test_what_is_no_better_than_nearest_is_left_at_nearest(items, monkeypatch):
+    monkeypatch.setattr(temporal, "ITERATIONS", 0)  # then every weight is where the soft one began: at its nearest code
+    assert tiar(job_of(Network(), items)) == {}
 
 
 def test_layers_that_stay_float_leave_nothing_to_fit(items):
