@@ -63,26 +63,44 @@ def draw(
     target: str | None,
     progress: Callable[[str, float], None],
     cache: str | None = None,
+    images: Sequence[Path] = (),
+    masks: Sequence[Path] = (),
+    class_labels: Sequence[int] = (),
     **options: Any,
 ) -> Drawn:
-    """Draw and write the pictures as ``drawing`` says. ``options`` are the others of ``runtimes.Request``."""
-    files = drawing.files(len(prompts) * options["num_images"])
+    """Draw and write the pictures as ``drawing`` says. ``options`` are the others of ``runtimes.Request``.
+
+    A single one of ``images``, ``masks`` and ``class_labels`` is for all prompts. Without ``prompts`` there is one picture, or one
+    for each class.
+    """
+    files = drawing.files(max(len(prompts), 1 if prompts else len(class_labels), 1) * options["num_images"])
     require("PIL", extra="cpu", purpose="Writing a picture")
     from edgediffusion.runtimes import Pipeline
+    from edgediffusion.runtimes.images import open_image
     from edgediffusion.runtimes.request import Request, plan
 
     progress("loading", 0.0)
     opened = Bundle.open(bundle)
+    options |= {"image": _single([open_image(file) for file in images]), "mask_image": _single([open_image(file) for file in masks])}
+    options["class_labels"] = _single(class_labels)
+    asked = prompts or None
     if opened.sampling is not None:  # what cannot be drawn is refused before minutes of loading
-        plan(Request(prompts, cache=cache, **{name: value for name, value in options.items() if name != "correction"}), opened.sampling)
+        plan(Request(asked, cache=cache, **{name: value for name, value in options.items() if name != "correction"}), opened.sampling)
+    if asked is None and opened.with_role("encode"):
+        raise ArgumentError("This bundle draws what a text says", do='Say it: --prompt "...".')
     pipeline = Pipeline.from_bundle(opened, target=target, cache=cache)
-    result = pipeline(prompts, callback=lambda step: progress("sampling", (step.index + 1) / step.total), **options)
+    result = pipeline(asked, callback=lambda step: progress("sampling", (step.index + 1) / step.total), **options)
     pictures = result.images if len(files) > 1 else [grid(result.images)]
     for file, picture in zip(files, pictures, strict=True):
         with new_file(file, replace=drawing.force) as partial:
             picture.save(partial, format=_FORMATS[file.suffix.lower()])
     times = result.timings
     return Drawn(tuple(map(str, files)), tuple(prompts), result.seeds, times.encode_ms, times.step_ms, times.decode_ms, result.warnings)
+
+
+def _single(given: Sequence[Any]) -> Any:
+    """None for nothing, and one thing by itself: that is for all prompts, where a list has one for each."""
+    return (given[0] if len(given) == 1 else list(given)) if given else None
 
 
 def grid(pictures: Sequence[Any]) -> Any:

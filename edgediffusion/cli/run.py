@@ -17,11 +17,26 @@ from edgediffusion.cli._options import (
 )
 from edgediffusion.registry import names
 
+_PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 
 @click.command()
 @bundle_argument
-@click.option("--prompt", "prompts", required=True, multiple=True, help="What the picture shows; may be given several times.")
+@click.option("--prompt", "prompts", multiple=True, help="What the picture shows; may be given several times.")
 @click.option("--negative-prompt", default="", help="What it should not show.")
+@click.option("--prompt-weights", is_flag=True, help="Read (words:1.3), (words) and [words] in prompts as more or less of them.")
+@click.option(
+    "--class-label",
+    "class_labels",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="What to draw with a network of classes.",
+)
+@click.option("--image", "images", type=_PICTURE, multiple=True, help="Start from this picture, or from one for each prompt.")
+@click.option("--mask", "masks", type=_PICTURE, multiple=True, help="Paint anew where this picture is white; the rest is kept.")
+@click.option(
+    "--strength", type=click.FloatRange(0, 1, min_open=True), default=None, help="How far from --image; 0.8 by default, 1 with --mask."
+)
 @click.option("--steps", "num_inference_steps", type=click.IntRange(min=1), default=None, help="The bundle says by default.")
 @click.option("--timesteps", callback=numbers, default=None, metavar="T,T,...", help="Training timesteps, one a step, instead of --steps.")
 @click.option("--sampler", default=None, help=f"One of: {', '.join(names('runtimes.samplers'))}; may end in options, as ddim:eta=0.5.")
@@ -36,6 +51,10 @@ from edgediffusion.registry import names
 )
 @click.option("--height", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
 @click.option("--width", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
+@click.option("--tile", type=click.IntRange(min=1), default=None, help="Decode in tiles of so many pixels a side, for large pictures.")
+@click.option(
+    "--guidance-batch", type=click.Choice(["joint", "separate"]), default="joint", show_default=True, help="separate takes less memory."
+)
 @click.option(
     "--images", "num_images", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures to draw of each prompt."
 )
@@ -57,6 +76,11 @@ def command(output: Path, layout: str, force: bool, as_json: bool, **options: An
     \b
     Example:
       edgediffusion run bundle-cpu --prompt "a red heart" --steps 20 --seed 7 -o heart.png
+      edgediffusion run bundle-cpu --prompt "a gold heart" --image heart.png --strength 0.6 -o gold.png
+      edgediffusion run bundle-cpu --prompt "a leaf" --image heart.png --mask left-half.png -o leaf.png
+      edgediffusion run bundle-cpu --prompt "a (red:1.4) [small] heart" --prompt-weights -o red.png
+      edgediffusion run digits-cpu --class-label 3 --class-label 7 -o digits.png
+      edgediffusion run bundle-cpu --prompt "a forest" --width 2048 --height 1024 --tile 512 -o wide.png
     """
     from edgediffusion.cli._draw import Drawing, draw
     from edgediffusion.cli._progress import Progress

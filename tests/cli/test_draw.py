@@ -48,13 +48,13 @@ class StandIn:
         type(self).asked.update(options, prompts=prompts)
         for index in range(2):
             callback(Step(index, 2))
-        count = len(prompts) * options["num_images"]
+        count = len(prompts or range(2)) * options["num_images"]
 
         class Result:
             images = tuple(Image.new("L", (8, 8), 40 * n) for n in range(count))
             timings = Timings()
             seeds = (options["seed"],)
-            warnings = ("The prompt is too long; this part of it was left out: 'x'",) if "long" in prompts else ()
+            warnings = ("The prompt is too long; this part of it was left out: 'x'",) if "long" in (prompts or ()) else ()
 
         return Result()
 
@@ -148,6 +148,58 @@ def test_what_the_pipeline_refuses_is_told_and_nothing_written(bundle: Bundle, t
     result = run(bundle, "--prompt", "a", "--correction", "other.json", "-o", tmp_path / "a.png", code=2)
     assert "The correction was measured for another bundle." in result.stderr
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_pictures_to_start_from_are_read(bundle: Bundle, tmp_path: Path) -> None:
+    for name, shade in (("a", 10), ("b", 20), ("m", 255)):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / f"{name}.png")
+    pictures = ("--image", tmp_path / "a.png", "--image", tmp_path / "b.png", "--mask", tmp_path / "m.png")
+    run(bundle, "--prompt", "x", "--prompt", "y", *pictures, "--strength", 0.5, "--tile", 16, "-o", tmp_path / "out.png")
+    asked = StandIn.asked
+    assert [image.getpixel((0, 0))[0] for image in asked["image"]] == [10, 20]
+    assert asked["mask_image"].size == (32, 32), "a single one is for all"
+    assert (asked["strength"], asked["tile"], asked["guidance_batch"], asked["prompt_weights"]) == (0.5, 16, "joint", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image", "broken.png"), "cannot be read as a picture"),
+        (("--image", "missing.png"), "does not exist"),
+        (("--mask", "mask.png"), "A mask needs the picture that it belongs to"),
+        (("--image", "a.png", "--mask", "mask.png"), "A mask and its picture have different sizes. Got: 16 x 16 and 32 x 32"),
+        (("--image", "a.png", "--strength", 0), "0.0 is not in the range"),
+        (("--image", "a.png", "--strength", 0.01, "--steps", 5), "At strength 0.01 no step of 5 is left"),
+        (("--image", "a.png", "--image", "a.png"), "A list of pictures has one per prompt. Got: 2 for 1 prompts"),
+        (("--tile", 7), "The size of a tile cannot be used. Got: 7. Allowed: multiples of 16 pixels"),
+        (("--steps", 1001), "The number of steps cannot be used. Got: 1001. Allowed: 1 to 1000"),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused_before_anything_is_loaded(
+    bundle: Bundle, tmp_path: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    Image.new("L", (16, 16)).save(tmp_path / "mask.png")
+    (tmp_path / "broken.png").write_text("no picture", encoding="utf-8")
+    placed = [tmp_path / a if isinstance(a, str) and a.endswith(".png") else a for a in arguments]
+    result = run(bundle, "--prompt", "x", *placed, "-o", tmp_path / "out.png", code=2)
+    assert message in " ".join(result.stderr.split())
+    assert StandIn.asked == {}
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_bundle_with_text_wants_a_prompt(bundle: Bundle, tmp_path: Path) -> None:
+    assert "draws what a text says. Say it: --prompt" in run(bundle, "-o", tmp_path / "a.png", code=2).stderr
+    assert StandIn.asked == {}
+
+
+def test_classes_need_no_prompt(tmp_path: Path, make_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "Pipeline", StandIn, raising=False)
+    bundle = make_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(Bundle, "with_role", lambda self, role: ())
+    result = run(bundle, "--class-label", 3, "--class-label", 7, "--layout", "files", "-o", tmp_path / "a.png")
+    assert (StandIn.asked["prompts"], StandIn.asked["class_labels"]) == (None, [3, 7])
+    assert len(result.stdout.split()) == 2
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
