@@ -315,7 +315,9 @@ def test_ranges_by_token_and_group_are_the_formulas(weights, x, group, weight_ki
         states[name] = replace(state, weight_amax=amax if groups > 1 else amax[:, 0])
     model = _made(weights, states, recipe, CPU)
     counts = [node.op_type for node in model.graph.node]
-    assert (counts.count("QuantizeTokens"), counts.count("MultiplyTokens"), counts.count("MatMul")) == (2, 3, 0)
+    what = "Groups" if group else "Tokens"
+    assert (counts.count(f"Quantize{what}"), counts.count(f"Multiply{what}"), len(counts)) == (2, 3, 2 + 3 + 2)
+    assert {function.name for function in model.functions} == {f"Quantize{what}", f"Multiply{what}"}
 
     def read_weight(name, values):
         scale = weight_scale(states[name].weight_amax.reshape(len(values), -1), bits)

@@ -4,13 +4,14 @@
 
     x ─ DynamicQuantizeLinear ─ MatMulInteger(w8) ─ Cast ─ Mul(s_x s_w) ─ y
 
-``token`` (Q-DiT, Chen et al. 2024, 2406.17343, section 3.2; ViDiT-Q, 2406.02540): a range for each row, or for each group of g of its
+``token`` (Q-DiT, Chen et al. 2024, 2406.17343, section 3.2; ViDiT-Q, 2406.02540): a range for each row, or for each group of its
 channels, as low + step * code without a zero point to round. Groups are a batch of products, since a kernel sums over all channels of one:
 
     y = sum_G step_x step_w (codes_x codes_w) + low_x (step_w sum codes_w)
 
-as two functions of the model, ``edgediffusion.QuantizeTokens``, whose codes all layers that read one tensor share, and
-``edgediffusion.MultiplyTokens``. Weights are symmetric; Q-DiT's have zero points too.
+as functions of the model, ``edgediffusion.QuantizeTokens``, whose codes all layers that read one tensor share, and ``MultiplyTokens``;
+for groups ``QuantizeGroups`` and ``MultiplyGroups``: without groups there is no batch to turn and to sum up. Weights are symmetric;
+Q-DiT's have zero points too.
 """
 
 from __future__ import annotations
@@ -28,16 +29,7 @@ from edgediffusion.optimize.passes._weights import codes_of
 from edgediffusion.optimize.recipe import BITS
 from edgediffusion.optimize.state import LayerState
 
-_FUNCTIONS = f"""
-<domain: "{DOMAIN}", opset_import: ["": OPSET]>
-QuantizeTokens (x, sizes, levels) => (codes, step, low)
-{{
-  f = Cast <to = 1> (x)
-  rows = Reshape (f, sizes)
-  groups = Transpose <perm = [1, 0, 2]> (rows)
-  last = Constant <value_ints = [2]> ()
-  low = ReduceMin <keepdims = 1> (groups, last)
-  high = ReduceMax <keepdims = 1> (groups, last)
+_ROUNDED = f"""
   span = Sub (high, low)
   even = Div (span, levels)
   least = Constant <value = float {{{SMALLEST!r}}}> ()
@@ -47,8 +39,39 @@ QuantizeTokens (x, sizes, levels) => (codes, step, low)
   whole = Round (steps)
   codes = Cast <to = 2> (whole)
 }}
+"""
+_FUNCTIONS = f"""
+<domain: "{DOMAIN}", opset_import: ["": OPSET]>
+QuantizeTokens (x, levels) => (codes, step, low)
+{{
+  groups = Cast <to = 1> (x)
+  last = Constant <value_ints = [-1]> ()
+  low = ReduceMin <keepdims = 1> (groups, last)
+  high = ReduceMax <keepdims = 1> (groups, last)
+  {_ROUNDED}
 <domain: "{DOMAIN}", opset_import: ["": OPSET]>
 MultiplyTokens (x, codes, step, low, w, w_step, w_sum) => (y)
+{{
+  integers = MatMulInteger (codes, w)
+  f = Cast <to = 1> (integers)
+  of_weights = Mul (f, w_step)
+  products = Mul (of_weights, step)
+  shift = Mul (low, w_sum)
+  total = Add (products, shift)
+  y = CastLike (total, x)
+}}
+<domain: "{DOMAIN}", opset_import: ["": OPSET]>
+QuantizeGroups (x, levels, sizes) => (codes, step, low)
+{{
+  f = Cast <to = 1> (x)
+  rows = Reshape (f, sizes)
+  groups = Transpose <perm = [1, 0, 2]> (rows)
+  last = Constant <value_ints = [2]> ()
+  low = ReduceMin <keepdims = 1> (groups, last)
+  high = ReduceMax <keepdims = 1> (groups, last)
+  {_ROUNDED}
+<domain: "{DOMAIN}", opset_import: ["": OPSET]>
+MultiplyGroups (x, codes, step, low, w, w_step, w_sum) => (y)
 {{
   integers = MatMulInteger (codes, w)
   f = Cast <to = 1> (integers)
@@ -126,25 +149,38 @@ class DynamicProducts:
         name, add, (read, out) = f"{layer.name}.weight", self.add, layer.channels
         amax = state.weight_amax.reshape(out, -1)
         groups = amax.shape[1]
-        shape = (groups, read // groups, out)
+        shape = (groups, read // groups, out) if groups > 1 else (read, out)
+        steps = np.ascontiguousarray(weight_scale(amax, BITS[weights]).T)  # [groups, out]
 
         def codes() -> np.ndarray:
             return np.ascontiguousarray(codes_of(layer, state, weights).T).reshape(shape)
 
-        if (key := (source, groups)) not in self.quantized:
-            sizes = add.constant(f"{source.name}.sizes", np.array([-1, groups, read // groups], np.int64))
-            levels = add.constant(f"{source.name}.levels", np.array(2 ** BITS[activations] - 1, np.float32))
-            q = ir.node("QuantizeTokens", [source, sizes, levels], domain=DOMAIN, num_outputs=3)
-            for value, part in zip(q.outputs, ("quantized", "step", "low"), strict=True):
-                value.name = add.unused(f"{source.name}.{part}")
-            add.graph.insert_before(layer.node, [q])
-            self.quantized[key] = tuple(q.outputs)
-        steps = weight_scale(amax, BITS[weights]).T  # [groups, out]
-        stored = add.later(f"{name}.codes", codes, ir.DataType.INT8, shape)
-        sums = add.later(f"{name}.sums", lambda: (codes().sum(1) * steps).astype(np.float32), ir.DataType.FLOAT, (groups, out))
-        scale = add.constant(f"{name}.scale", np.ascontiguousarray(steps[:, None]))
-        product = ir.node("MultiplyTokens", [source, *self.quantized[key], stored, scale, sums], domain=DOMAIN)
+        def sums() -> np.ndarray:
+            return np.asarray((codes().reshape(groups, -1, out).sum(1) * steps).reshape(summed), np.float32)
+
+        summed = (groups, out) if groups > 1 else (out,)
+        quantized = self._tokens(layer, source, groups, 2 ** BITS[activations] - 1)
+        parts = (
+            add.later(f"{name}.codes", codes, ir.DataType.INT8, shape),
+            add.constant(f"{name}.scale", steps[:, None] if groups > 1 else steps[0]),
+            add.later(f"{name}.sums", sums, ir.DataType.FLOAT, summed),
+        )
+        product = ir.node("MultiplyGroups" if groups > 1 else "MultiplyTokens", [source, *quantized, *parts], domain=DOMAIN)
         return add.made(product, f"{layer.node.outputs[0].name}.read", layer.node.outputs[0], layer.dtype, before=layer.node)
+
+    def _tokens(self, layer: Layer, source: ir.Value, groups: int, levels: int) -> tuple[ir.Value, ...]:
+        """Codes, steps and lowest values of the tokens of ``source``."""
+        if (key := (source, groups, levels)) not in self.quantized:
+            given = [source, self.add.constant(f"{source.name}.levels", np.array(levels, np.float32))]
+            if groups > 1:
+                sizes = np.array([-1, groups, layer.channels[0] // groups], np.int64)
+                given.append(self.add.constant(f"{source.name}.sizes", sizes))
+            q = ir.node("QuantizeGroups" if groups > 1 else "QuantizeTokens", given, domain=DOMAIN, num_outputs=3)
+            for value, part in zip(q.outputs, ("quantized", "step", "low"), strict=True):
+                value.name = self.add.unused(f"{source.name}.{part}")
+            self.add.graph.insert_before(layer.node, [q])
+            self.quantized[key] = tuple(q.outputs)
+        return self.quantized[key]
 
 
 def dynamic_declines(layer: Layer) -> str | None:
@@ -155,9 +191,11 @@ def dynamic_declines(layer: Layer) -> str | None:
 
 
 def add_token_functions(model: ir.Model) -> None:
-    """Give ``model`` the functions that products with ranges for each token call."""
+    """Give ``model`` the functions that its products with ranges for each token call."""
     opset = model.opset_imports[""]
     text = f'<ir_version: 10, opset_import: ["": {opset}]> none (float x) => (float y) {{ y = Identity (x) }}'
+    called = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for key, function in ir.from_onnx_text(text + _FUNCTIONS.replace("OPSET", str(opset))).functions.items():
-        model.functions[key] = function
+        if function.name in called:
+            model.functions[key] = function
     model.opset_imports[DOMAIN] = 1
