@@ -93,7 +93,7 @@ def _quantized(bundle: Bundle, output: Path, recipe: str, name: str) -> dict[str
         weight = weight.T if layer.turned else weight
         inputs, outputs = np.ones(weight.shape[1] * layer.groups, np.float32), np.ones(len(weight), np.float32)
         amax = np.abs(weight.astype(np.float32)).reshape(len(weight), -1).max(1)
-        layers[layer.name] = LayerState(inputs, -4 * inputs, 4 * inputs, -4 * outputs, 4 * outputs, amax)
+        layers[f"{component.name}/{layer.name}"] = LayerState(inputs, -4 * inputs, 4 * inputs, -4 * outputs, 4 * outputs, amax)
     state = QuantizationState(weights_digest(bundle, component), {}, layers, asdict(load_recipe(recipe)))
     made = quantize(bundle, state, output, target="rtx-4090")
     return {"file": made.path / component.model, "name": f"{name} {component.name}", "format": recipe}

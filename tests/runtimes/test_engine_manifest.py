@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edgediffusion import bundle as bundles
+from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, BundleError, EngineError
 from edgediffusion.registry import find
@@ -126,3 +127,22 @@ def test_several_targets_and_none_named(built: Bundle) -> None:
     bundle = with_engines(built.path, target="there")
     with pytest.raises(ArgumentError, match=r"several targets.*here, there, onnx"):
         Pipeline.from_bundle(bundle)
+
+
+def test_auto_is_the_engines_of_the_target_that_this_machine_is(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "detect", lambda: TARGET)
+    assert engine_manifest.choose(built, "auto") == TARGET
+    monkeypatch.setattr(targets, "detect", lambda: "t4")
+    with pytest.raises(ArgumentError, match=r"no engines for the target 't4'. Allowed: here, onnx. .*--target t4"):
+        engine_manifest.choose(built, "auto")
+
+
+def test_a_manifest_of_an_older_version_lacks_what_was_not_known_then(built: Bundle) -> None:
+    content = {k: v for k, v in edit(built, {}).items() if k not in ("compute_capability", "precision", "state")}
+    for component in content["components"].values():
+        del component["shapes"]
+    (built.path / "engines" / TARGET / "engine.json").write_text(json.dumps(content))
+    manifest = engine_manifest.read(built, TARGET)
+    assert (manifest.compute_capability, manifest.precision, manifest.state) == ("", "", "")
+    assert manifest.components["unet"].shapes == {}
+    engine_manifest.check(manifest, built, TARGET)

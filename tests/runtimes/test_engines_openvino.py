@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 
-from edgediffusion.bundle import Bundle
+from edgediffusion import bundle as bundles
+from edgediffusion.bundle import Bundle, Verb
 from edgediffusion.errors import ArgumentError, EngineError
 from edgediffusion.registry import find
 from edgediffusion.runtimes import Pipeline, engine_manifest
 from edgediffusion.runtimes.build import build
 from edgediffusion.runtimes.sizes import parse_sizes
 
-from .tiny import DECODE, DENOISE, write_bundle, write_decoder, write_denoiser
+from .tiny import DECODE, DENOISE, SAMPLING, write_bundle, write_decoder, write_denoiser
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'edgediffusion[openvino]'")
 AXES = {"batch": 2, "height": 8, "width": 8}
@@ -174,6 +175,27 @@ def test_says_nothing(engine: Any, tmp_path: Path, capfd: pytest.CaptureFixture[
     engine.build(tmp_path / DENOISE.model, tmp_path / f"unet{engine.suffix}", threads=1, shapes=SHAPES)
     run(engine.open_session(tmp_path / f"unet{engine.suffix}", threads=1))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_that_was_quantized_for_another_engine_says_so_where_it_fails(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch"]) for n in "xy"]
+    graph = helper.make_graph([helper.make_node("Teleport", ["x"], ["y"], domain="com.example")], "g", value[:1], value[1:])
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("com.example", 1)]
+    save(helper.make_model(graph, opset_imports=imports, ir_version=10), bundle.path / DECODE.model)
+    for arguments, advice in (
+        (
+            {"placement": "onnxruntime-cpu"},
+            "placement 'onnxruntime-cpu', this target's is 'openvino': .* quantize .*openvino-cpu -o",
+        ),
+        ({"target": "rtx-4090"}, "placement 'tensorrt', this target's is 'openvino'"),
+        ({"placement": "openvino"}, r"Got: .*Teleport[^:]*$"),
+    ):
+        history = (Verb("quantize", arguments),)
+        bundles.write(bundle.path, family="tiny", components=bundle.components, sampling=SAMPLING, history=history)
+        with pytest.raises(EngineError, match=r"'vae_decoder' could not be built: OpenVINO .*" + advice):
+            build(Bundle.open(bundle.path), tmp_path / "built", target="openvino-cpu", threads=1)
+        assert not (tmp_path / "built").exists()
 
 
 @pytest.fixture(scope="module")
