@@ -130,7 +130,7 @@ def _of_unet() -> dict[str, str]:
     for cut in CUTS["fashion"]:
         texts += [f"deepcache:interval={n},cut={cut}" for n in INTERVALS]
         texts += [f"deepcache:schedule=non-uniform,interval={n},cut={cut}" for n in INTERVALS]
-        texts += [f"deepcache-adaptive:threshold={t},cut={cut}" for t in (0.05, 0.1, 0.2, 0.4)]
+        texts += [f"deepcache-adaptive:threshold={t},{more}cut={cut}" for more in ("", "ahead=true,") for t in (0.05, 0.1, 0.2, 0.4)]
     return {policy: policy for policy in (*texts, *_any())}
 
 

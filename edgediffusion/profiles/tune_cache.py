@@ -114,7 +114,7 @@ def candidates(bundle: Bundle, calls: int, changes: Changes) -> tuple[str, ...]:
         found += [
             f"deepcache:schedule=non-uniform,interval={n},center={int(_CENTER * calls)},cut={cut}" for n in _INTERVALS if 2 * n <= calls
         ]
-        found += [f"deepcache-adaptive:threshold={t},cut={cut}" for t in (0.05, 0.1, 0.2, 0.4)]
+        found += [f"deepcache-adaptive:threshold={t},ahead=true,cut={cut}" for t in (0.05, 0.1, 0.2, 0.4)]
     return tuple(found)
 
 

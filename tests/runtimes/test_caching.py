@@ -238,6 +238,9 @@ class TestCounts:
         counts.ran.clear()
         assert whole_calls(pipeline, "deepcache-adaptive:threshold=0", 4) == [0, 1, 2, 3]
         assert counts.times("denoise.shallow") == 3  # the runs that told that the feature was too old
+        counts.ran.clear()
+        assert whole_calls(pipeline, "deepcache-adaptive:threshold=0,ahead=true", 6) == [0, 2, 4]
+        assert counts.times("denoise.shallow") == 3  # none in vain
 
     def test_adaptive_policies_compute_more_the_lower_the_threshold(self, unet: Bundle, transformer: Bundle) -> None:
         for bundle, policy in ((unet, "deepcache-adaptive"), (transformer, "teacache"), (transformer, "first-block")):

@@ -2,7 +2,8 @@
 
 The skip tensor beside the cached feature is computed afresh at every call. While it differs from that of the last full call by
 less than ``threshold`` (mean absolute difference over mean absolute value, the measure of first-block caching), the feature
-serves on, for ``most`` calls at the most. Where it differs by more, the shallow run that told so was in vain.
+serves on, for ``most`` calls at the most. Where it differs by more, the shallow run that told so was in vain; with ``ahead``
+its answer is taken all the same, and the next call is a full one.
 
 The decision is for the call as a whole: a picture depends on what is drawn with it.
 """
@@ -25,6 +26,7 @@ from edgediffusion.runtimes.options import check_range
 class Policy:
     threshold: float = 0.1
     most: int = 8
+    ahead: bool = False
     cut: str = ""
 
     def __post_init__(self) -> None:
@@ -35,17 +37,18 @@ class Policy:
         return skip(bundle, self.cut)
 
     def start(self, graphs: Joined, calls: int) -> Network:
-        unet, kept, age = Skip(graphs), np.empty(0), 0
+        unet, kept, age, changed = Skip(graphs), np.empty(0), 0, False
 
         def ask(call: Call) -> np.ndarray:
-            nonlocal kept, age
-            if kept.size and age < self.most:
+            nonlocal kept, age, changed
+            if kept.size and age < self.most and not changed:
                 answer = unet.shallow(call)
-                if relative_change(unet.indicator, kept) < self.threshold:
+                changed = relative_change(unet.indicator, kept) >= self.threshold
+                if self.ahead or not changed:
                     age += 1
                     return answer
             answer = unet.whole(call)
-            kept, age = unet.indicator.copy(), 0
+            kept, age, changed = unet.indicator.copy(), 0, False
             return answer
 
         return ask
