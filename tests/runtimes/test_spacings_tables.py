@@ -13,7 +13,9 @@ import pytest
 
 from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.errors import ArgumentError
+from edgediffusion.registry import names
 from edgediffusion.runtimes import Pipeline
+from edgediffusion.runtimes.noise import TorchNoise
 from edgediffusion.runtimes.request import Request, plan
 from edgediffusion.runtimes.samplers import resolve
 from edgediffusion.runtimes.schedules import alpha_bars, levels, respaced, spaced
@@ -228,3 +230,26 @@ class TestDp:
         (tmp_path / "empty.npy").touch()
         with pytest.raises(ArgumentError, match=r"empty.npy' cannot be read"):
             picked(f"dp:costs={tmp_path / 'empty.npy'}", 4)
+
+
+TABLES = ("ays", "ays:model=sdxl", "fastdpm-linear", "fastdpm-quadratic", "dp", "timesteps:at=999/700/300/50", "sigmas:at=14/2/0.5/0.1")
+
+
+@pytest.mark.parametrize("sampler", names("runtimes.samplers"))
+@pytest.mark.parametrize("spacing", TABLES)
+def test_every_sampler_finds_the_data_at_the_steps_of_a_table(tmp_path: Path, sampler: str, spacing: str) -> None:
+    """Or says that it cannot take the steps, or that its schedule is the other one."""
+    if spacing == "dp":
+        np.save(tmp_path / "costs.npy", np.subtract.outer(np.arange(101.0), np.arange(101.0)) ** 2)
+        spacing = f"dp:costs={tmp_path / 'costs.npy'}"
+    _, module = resolve(sampler)
+    target = TorchNoise(1).normal((1, 4, 4, 4))
+    if sampler in ("flow-euler", "flow-heun", "pndm"):
+        with pytest.raises(ArgumentError, match="is not made for|common distance"):
+            module.points(respaced(STABLE_DIFFUSION, spacing), 4)
+        return
+    points = module.points(respaced(STABLE_DIFFUSION, spacing), 4)
+    *_, last = module.sample(lambda x, i: target, points.start(TorchNoise(0).normal(target.shape)), points, TorchNoise(2))
+    assert last.dtype == np.float32
+    # Some end at the first training timestep, where sigma is 0.029, and the parallel ones stop at their tolerance.
+    np.testing.assert_allclose(last, target, rtol=0, atol=0.2)
