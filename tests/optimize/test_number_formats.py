@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -60,7 +61,7 @@ def x():
 
 
 def _proto(weights, dtype=np.float32):
-    text = MODEL if dtype == np.float32 else MODEL.replace("float[", "float16[")
+    text = MODEL.replace("float[", {"float32": "float[", "float16": "float16[", "bfloat16": "bfloat16["}[np.dtype(dtype).name])
     model = onnx.parser.parse_model(text)
     for node in model.graph.node:  # the text format has no dots in names, checkpoints have
         node.input[:] = [name.replace("_weight", ".weight").replace("_bias", ".bias") for name in node.input]
@@ -211,12 +212,13 @@ def test_nvfp4_for_tensorrt_has_its_operators_and_the_same_codes(weights, x):
             np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(np.float32), values.T)
 
 
-def test_nvfp4_in_a_float16_graph_has_scales_of_that_type(weights, x):
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_nvfp4_in_a_graph_of_16_bits_has_scales_of_that_type(weights, x, dtype):
     """TensorRT's strongly typed products want both sides in one type."""
-    model = _made(weights, _states(weights, x), Recipe("r", "nvfp4", "nvfp4"), TENSORRT, np.float16)
-    scales = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith("scale")}
-    assert {tensor.data_type for tensor in scales.values()} == {onnx.TensorProto.FLOAT16}
-    assert all(onnx.numpy_helper.to_array(tensor) > 0 for tensor in scales.values())
+    model = _made(weights, _states(weights, x), Recipe("r", "nvfp4", "nvfp4"), TENSORRT, dtype)
+    scales = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name.endswith("scale")]
+    assert {scale.dtype for scale in scales} == {np.dtype(dtype)}
+    assert all(scale > 0 for scale in scales)
 
 
 def test_nvfp4_declines_with_reasons(weights, x):
@@ -466,14 +468,13 @@ def test_a_graph_alone_cannot_choose_formats_of_inputs():
         check_graph_recipe(Recipe("r", "fp4", "fp4"))
 
 
-def test_tensorrt_multiplies_nvfp4(weights, x):
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_tensorrt_multiplies_nvfp4(weights, x, dtype):
     """TensorRT-RTX builds without a GPU; its log lists the layers (test_placements.py has more)."""
     library = pytest.importorskip("tensorrt_rtx")
-    fixed = _proto(weights)
-    model = _made(weights, _states(weights, x), Recipe("r", "nvfp4", "nvfp4"), TENSORRT)
+    model = _made(weights, _states(weights, x), Recipe("r", "nvfp4", "nvfp4"), TENSORRT, dtype)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 2
-    assert len(fixed.graph.node) < len(model.graph.node)
     lines = _tensorrt_log(library, model, "SM120")
     products = [line for line in lines if "LayerType: gemm" in line]
     assert len(products) == 3

@@ -15,6 +15,7 @@ the format; weights are the numbers that would be read.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -108,7 +109,7 @@ def simulated_weight(add: Additions, layer: Layer, state: LayerState, kind: str)
 def _tensor_scale(amax: float, layer: Layer) -> np.ndarray:
     """s in the number format that the layer computes in, as the engine wants it, and never 0 there."""
     dtype = layer.dtype.numpy()
-    return np.asarray(max(np.float32(np.finfo(dtype).tiny), nvfp4_tensor_scale(amax)), dtype)
+    return np.asarray(max(np.float32(ml_dtypes.finfo(dtype).tiny), nvfp4_tensor_scale(amax)), dtype)  # type: ignore[no-untyped-call]
 
 
 def _dequantize(add: Additions, value: ir.Value, scale: ir.Value, name: str, layer: Layer, *, axis: int | None = None) -> ir.Value:
