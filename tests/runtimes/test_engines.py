@@ -84,6 +84,28 @@ class TestEveryEngine:
         after = {**binding.inputs, **binding.outputs}
         assert all(after[n] is before[n] for n in before)
 
+    def test_shared_arrays_are_its_buffers(self, engine: Any, name: str, tmp_path: Path) -> None:
+        session = engine.open_session(model_for(name, tmp_path), threads=1)
+        shared = {n: np.ones((2, 4, 6, 4), np.float32) for n in ("sample", "out_sample", "of another graph")}
+        binding = session.bind(AXES, shared)
+        assert binding.inputs["sample"] is shared["sample"]
+        assert binding.outputs["out_sample"] is shared["out_sample"]
+        binding.run()
+        own = session.bind(AXES)
+        fill(own, 0)
+        for n, array in own.inputs.items():
+            array[...] = binding.inputs[n]
+        own.run()
+        if name != "null":  # which computes nothing
+            np.testing.assert_array_equal(shared["out_sample"], own.outputs["out_sample"])
+
+    def test_refuses_a_shared_array_that_does_not_fit(self, engine: Any, name: str, tmp_path: Path) -> None:
+        session = engine.open_session(model_for(name, tmp_path), threads=1)
+        fitting = np.zeros((2, 4, 6, 4), np.float32)
+        for array in (fitting.astype(np.float64), fitting[0], fitting.transpose(0, 1, 3, 2), np.zeros((2, 5, 6, 4), np.float32)):
+            with pytest.raises(EngineError, match=r"shared array 'sample' does not fit.*float32 \('batch', 4, 'height', 'width'\)"):
+                session.bind(AXES, {"sample": array})
+
     def test_bindings_of_one_session_do_not_disturb_each_other(self, engine: Any, name: str, tmp_path: Path) -> None:
         session = engine.open_session(model_for(name, tmp_path), threads=1)
         first, second = session.bind(AXES), session.bind({**AXES, "batch": 1})
