@@ -187,6 +187,7 @@ def _check_dynamic(recipe: Recipe) -> None:
         "ranges": ("max", "mse"),
         "stages": (1,),
         "rank": (0,),
+        "temporal": ("",),
     }
     _check_fields(recipe, "ranges that are found at run time", allowed)
 
@@ -195,10 +196,10 @@ def _check_floats(recipe: Recipe) -> None:
     used = {recipe.weights, recipe.activations} - {"float"}
     if not used & {"fp8", "nvfp4", *FLOAT4}:
         return
-    allowed: dict[str, tuple[object, ...]] = {"ranges": ("max",), "rounding": ("nearest",)}
+    allowed: dict[str, tuple[object, ...]] = {"ranges": ("max",), "rounding": ("nearest",), "temporal": ("",), "effective_bits": (0,)}
     if "fp8" not in used:  # four bits
         family = ("nvfp4",) if "nvfp4" in used else FLOAT4
-        allowed = {"weights": family, "activations": (*family, "float"), "rounding": ("nearest",), "group": (0,)}
+        allowed |= {"weights": family, "activations": (*family, "float"), "group": (0,)}
         allowed |= {"ranges": ("max",)} if "nvfp4" in used else {"ranges": ("max", "mse"), "stages": (1,), "rank": (0,)}
     _check_fields(recipe, f"{' and '.join(sorted(used))} beside what is for integers or for other formats", allowed)
 
