@@ -53,8 +53,13 @@ def transformer(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def int8(unet: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return quantize(unet, state(unet), tmp_path_factory.mktemp("int8") / "bundle")
+def ranges(unet: Bundle) -> QuantizationState:
+    return state(unet)
+
+
+@pytest.fixture(scope="module")
+def int8(unet: Bundle, ranges: QuantizationState, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return quantize(unet, ranges, tmp_path_factory.mktemp("int8") / "bundle")
 
 
 def state(bundle: Bundle, recipe: Recipe | None = None) -> QuantizationState:
@@ -142,9 +147,9 @@ def test_what_a_cut_gives_is_what_the_next_layers_read(int8: Bundle) -> None:
     assert {name: makers[name].op_type for name in expected} == expected
 
 
-def test_cuts_change_nothing_of_what_is_quantized(unet: Bundle, int8: Bundle, tmp_path: Path) -> None:
+def test_cuts_change_nothing_of_what_is_quantized(unet: Bundle, ranges: QuantizationState, int8: Bundle, tmp_path: Path) -> None:
     (tmp_path / "float").mkdir()
-    plain = quantize(without_cuts(unet, tmp_path / "float"), state(unet), tmp_path / "int8")
+    plain = quantize(without_cuts(unet, tmp_path / "float"), ranges, tmp_path / "int8")
     weights = plain.path / "unet" / "quantized.safetensors"
     assert weights.read_bytes() == (int8.path / "unet" / "quantized.safetensors").read_bytes()
     assert plain.history[-1].arguments["layers"] == int8.history[-1].arguments["layers"]
@@ -196,10 +201,9 @@ def test_built_engines_have_their_cuts(int8: Bundle, tmp_path: Path) -> None:
     check_shallow(build(int8, tmp_path / "bundle"))
 
 
-def test_stages_are_refused(unet: Bundle, tmp_path: Path) -> None:
-    recipe = Recipe("staged", "int8", "int8", stages=2)
+def test_stages_are_refused(unet: Bundle, ranges: QuantizationState, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="cannot be cut.*2 stages, cuts at up_blocks.1.resnets.1.*without --cut"):
-        quantize(unet, state(unet, recipe), tmp_path / "bundle")
+        quantize(unet, replace(ranges, below=(500.0,)), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
