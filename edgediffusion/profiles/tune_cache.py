@@ -79,6 +79,8 @@ def tune_cache(
     """
     if not prompts or samples < 1:
         raise ArgumentError("There is nothing to draw", got=f"{len(prompts)} prompts, {samples} samples", do="Give prompts (--prompts).")
+    for policy in policies:  # refused before anything is drawn
+        resolve(policy).components(bundle)
     pipeline = Pipeline.from_bundle(bundle, target=target)
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
 
@@ -96,8 +98,6 @@ def tune_cache(
     changes = watch(draw, min(samples, _WATCHED), progress)
     calls = draw("none", 0)[1]
     tried = tuple(policies) or candidates(bundle, calls, changes)
-    for policy in tried:  # loads its graphs and refuses what cannot be run, before anything is timed
-        resolve(policy).components(bundle)
     outcomes, uncached_ms = _measure(draw, tried, samples, progress)
     good = [outcome for outcome in outcomes if outcome.psnr_p10_db >= quality_db and outcome.time < 1]
     chosen = min(good, key=lambda outcome: outcome.time).policy if good else None
