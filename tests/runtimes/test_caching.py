@@ -150,6 +150,15 @@ class TestEveryPolicy:
         point = plan(Request(PROMPT, num_inference_steps=12), pipeline.sampling).points.at[i]
         return levels[0] < (point.sigma / point.alpha if point.alpha else math.inf) <= levels[1]
 
+    def test_halves_of_guidance_apart(self, policy: str, bundle_for: Callable[[str], Bundle]) -> None:
+        """Two calls of one row each have a cache each."""
+        if policy in ("deepcache-adaptive", "first-block", "teacache"):
+            pytest.skip("each half decides for itself, and may decide otherwise")
+        pipeline, _ = counted(bundle_for(policy))
+        options = {"num_inference_steps": 6, "seed": 5, "cache": REUSE.get(policy, policy)}
+        together, apart = (pipeline(PROMPT, guidance_batch=batch, **options).latents for batch in ("joint", "separate"))  # type: ignore[arg-type]
+        np.testing.assert_allclose(apart, together, atol=1e-5)
+
     def test_batches_and_single_rows(self, policy: str, bundle_for: Callable[[str], Bundle]) -> None:
         pipeline, _ = counted(bundle_for(policy))
         options = {"num_inference_steps": 4, "cache": REUSE.get(policy, policy)}
@@ -200,6 +209,16 @@ class TestCounts:
         pipeline(PROMPT, num_inference_steps=steps, cache=f"deepcache:interval={interval}")
         assert counts.times("denoise") == math.ceil(steps / interval)
         assert counts.times("denoise.shallow") == steps - math.ceil(steps / interval)
+
+    @pytest.mark.parametrize("sampler", ["heun", "dpm2", "pndm"])
+    def test_samplers_with_several_calls_a_step(self, unet: Bundle, sampler: str) -> None:
+        pipeline, counts = counted(unet)
+        steps = list(pipeline.steps(PROMPT, num_inference_steps=6, sampler=sampler, cache="deepcache:interval=3"))
+        calls = len(steps)
+        assert calls > 6
+        assert sampler == "dpm2" or len({step.timestep for step in steps}) < calls  # dpm2's second call is in between
+        assert counts.times("denoise") == math.ceil(calls / 3)
+        assert counts.times("denoise", "denoise.shallow") == calls
 
     def test_foras_published_count(self) -> None:
         """250 steps at N = 3: 84 full ones, with the last."""
