@@ -50,7 +50,7 @@ def test_a_path_that_does_not_exist_is_an_unknown_target(tmp_path: Path) -> None
 
 def test_a_file_of_ones_own_is_a_target(tmp_path: Path) -> None:
     assert targets.load(write(tmp_path, GOOD)).name == "mine"
-    assert targets.load(str(write(tmp_path, GOOD))).engines == ("onnxruntime",)
+    assert targets.load(str(write(tmp_path, GOOD))).engines == ("onnxruntime", "openvino")
 
 
 WRONG = {
@@ -60,7 +60,7 @@ WRONG = {
         GOOD.replace("opset = 23", "opset = 'new'"),
         "'opset' of the target .* is of the wrong kind. Got: 'new'. Allowed: a whole number",
     ),
-    "a word for a list": (GOOD.replace('engines = ["onnxruntime"]', 'engines = "onnxruntime"'), "'engines' of the target"),
+    "a word for a list": (GOOD.replace('engines = ["onnxruntime", "openvino"]', 'engines = "onnxruntime"'), "'engines' of the target"),
     "a truth for a number": (GOOD.replace("opset = 23", "opset = true"), "'opset' of the target"),
     "note without source": (GOOD + '[[facts]]\nabout = "x"\ntext = "y"\n', "Fact 6 of .* lacks keys. Got: source"),
     "figure without source": (
@@ -78,7 +78,7 @@ WRONG = {
     "unknown format": (GOOD.replace('"int8"]', '"int9"]'), "'formats' of the target .* has what is not known. Got: int9. Allowed: float32"),
     "unknown device": (GOOD.replace('device = "cpu"', 'device = "abacus"'), "'device' of .* Got: abacus. Allowed: cpu, gpu, npu"),
     "version of another engine": (GOOD.replace("opset = 23", 'opset = 23\nlibraries = { steam = ">=1" }'), "'libraries' of .* Got: steam"),
-    "no engine": (GOOD.replace('engines = ["onnxruntime"]', "engines = []"), "'engines' of the target .* is empty"),
+    "no engine": (GOOD.replace('engines = ["onnxruntime", "openvino"]', "engines = []"), "'engines' of the target .* is empty"),
     "a negative figure": (
         GOOD.replace("opset = 23", "opset = 23\nmemory_gb = -1"),
         "'memory_gb' of .* Got: -1. Allowed: a number that is not neg",

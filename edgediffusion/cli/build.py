@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgediffusion.cli._options import bundle_argument, json_option, output_option, target_option
+
+if TYPE_CHECKING:
+    from edgediffusion.bundle import Bundle
 
 
 @click.command()
@@ -24,6 +28,20 @@ from edgediffusion.cli._options import bundle_argument, json_option, output_opti
     default=None,
     help="A file in which TensorRT keeps what kernels took, so that the next build asks again for new ones only.",
 )
+@click.option(
+    "--pick",
+    type=click.Choice(["order", "measured"]),
+    default="order",
+    show_default=True,
+    help="The target's first engine, or for each component the one that is fastest here.",
+)
+@click.option(
+    "--max-error",
+    type=click.FloatRange(min=0),
+    default=1e-3,
+    show_default=True,
+    help="How far off, relative to the ONNX file, the outputs of an engine that is picked by measuring may be.",
+)
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
 def command(
@@ -33,6 +51,8 @@ def command(
     shapes: str,
     threads: int | None,
     timing_cache: Path | None,
+    pick: str,
+    max_error: float,
     output: Path,
     as_json: bool,
 ) -> None:
@@ -42,6 +62,7 @@ def command(
     Example:
       edgediffusion build bundle --target cpu-x86-64 -o bundle-cpu
       edgediffusion build bundle --target openvino-cpu --precision bfloat16 -o bundle-openvino
+      edgediffusion build bundle --target auto --pick measured -o bundle-here
       edgediffusion build bundle --target rtx-4090 --shapes batch=1:2:4,height=64,width=64 -o bundle-rtx
     """
     from edgediffusion.bundle import Bundle
@@ -58,6 +79,30 @@ def command(
             precision=precision,
             shapes=shapes,
             timing_cache=timing_cache,
+            pick=pick,
+            max_error=max_error,
             progress=progress,
         )
+    if pick == "measured" and not as_json:
+        click.echo(_trials(made) + "\n")
     show_bundle(made, output, as_json=as_json)
+
+
+def _trials(made: Bundle) -> str:
+    """What each engine that came into question took, and which one was chosen; with --json it is in engine.json."""
+    from edgediffusion.runtimes import engine_manifest
+    from edgediffusion.text import table
+
+    manifest = engine_manifest.read(made, made.history[-1].arguments["target"])
+    rows = [
+        (
+            trial["component"],
+            trial["engine"],
+            trial["precision"],
+            f"{trial['median_ms']:.2f}" if trial["median_ms"] else "",
+            f"{trial['error']:.2g}" if trial["median_ms"] else "",
+            "chosen" if trial["chosen"] else trial["refused"],
+        )
+        for trial in manifest.trials
+    ]
+    return table(("component", "engine", "precision", "median ms", "error", ""), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,41 @@ from edgediffusion import __version__, files, registry, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
 from edgediffusion.errors import ArgumentError, EngineError
 from edgediffusion.files import link_or_copy
+from edgediffusion.runtimes import pick as picking
 from edgediffusion.runtimes.engine_manifest import ENGINES, FILE, EngineManifest
 from edgediffusion.runtimes.onnx_header import read_header
+from edgediffusion.runtimes.pick import MAX_ERROR, Trial
 from edgediffusion.runtimes.sizes import Sizes, axes_of, parse_sizes, range_of, usual_sizes
 from edgediffusion.targets import Target
 
+PICKS = ("order", "measured")
 Progress = Callable[[str, float], None]
 _REFUSED = ("fp8", "fp4")  # formats that a graph has by intention only, and that an engine without kernels fails on, late and in its words
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything a component's engine is made with; ``options`` are those of the engine's ``build`` that are the same for all."""
+    """Everything a component's engine is made with; ``given`` are the options of the engines' ``build`` that were asked for, and
+    ``engines`` those of the target that come into question."""
 
     bundle: Bundle
     target: Target
-    engine: Any
-    options: Mapping[str, Any]
+    engines: tuple[str, ...]
+    given: Mapping[str, Any]
     shapes: Sizes
     asked: Sizes
     threads: int | None
+    max_error: float
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A component's engine: its file, and what made it."""
+
+    file: str
+    engine: str
+    precision: str = ""
+    trials: tuple[Trial, ...] = ()
 
 
 def build(
@@ -42,6 +57,8 @@ def build(
     precision: str | None = None,
     shapes: str | Sizes = "",
     timing_cache: Path | None = None,
+    pick: str = "order",
+    max_error: float = MAX_ERROR,
     progress: Progress = lambda label, part: None,
 ) -> Bundle:
     """Make an engine of every component for ``target``; returns the new bundle, which holds the graphs as well.
@@ -49,24 +66,29 @@ def build(
     ``target`` is a name, the path of a TOML file, or ``auto``. ``precision`` is what float layers are computed in, for engines that
     let one choose. ``shapes`` are ranges of sizes by the names of axes, or words for them (``batch=1:2:4,height=8``), for engines that
     are made for sizes; axes that it does not name have the bundle's own (``sizes.usual_sizes``). ``timing_cache`` is a file in which
-    TensorRT keeps what kernels took.
+    TensorRT keeps what kernels took. With ``pick`` ``order`` the target's first engine serves every component; with ``measured`` each
+    has the engine and precision that were the fastest here of those whose outputs are off by at most ``max_error`` (see ``pick.py``),
+    and the table is kept in ``engine.json``.
 
     Raises:
         UnknownName: there is no such target.
-        ArgumentError: an option that the target's engine does not have, shapes that no component has.
+        ArgumentError: an option that the target's engine does not have, shapes that no component has, no such ``pick``.
         MissingExtra, EngineError: the engine library is absent or of a version that the target does not take, the target cannot run a
         graph's number formats or opset, its engines are not built on a machine like this, or the library refused a component (which
         is named).
         OutputError: ``output`` exists or cannot be written.
     """
+    if pick not in PICKS:
+        raise ArgumentError("There is no such way to pick engines", got=pick, allowed=", ".join(PICKS))
     device = targets.load(target)
-    engine = registry.find("runtimes.engines", device.engines[0], kind="engine")
-    version = engine.version()
+    engines = device.engines if pick == "measured" else device.engines[:1]
     asked = parse_sizes(shapes) if isinstance(shapes, str) and shapes else dict(shapes or {})
-    _check_place(device)
-    _check_version(device, version)
     given = {"precision": precision, "shapes": asked or None, "timing_cache": timing_cache}
-    job = _Job(bundle, device, engine, _options(engine, device, given), {**usual_sizes(bundle), **asked}, asked, threads)
+    job = _Job(bundle, device, engines, given, {**usual_sizes(bundle), **asked}, asked, threads, max_error)
+    _check_place(device)
+    _check_options(job)
+    if pick == "order":
+        _check_version(device, engines[0])
     for component in bundle.components:
         _check_graph(job, component)
     _check_axes(job)
@@ -76,33 +98,42 @@ def build(
             link_or_copy(bundle.path / file, folder / file)
         place = folder / ENGINES / device.name
         place.mkdir(parents=True)
+        make = _picked if pick == "measured" else _first
         total = len(bundle.components)
-        built = {c.name: _build_one(job, c, place, _part_of(progress, at, total)) for at, c in enumerate(bundle.components)}
+        built = {c.name: make(job, c, place, _part_of(progress, at, total)) for at, c in enumerate(bundle.components)}
         progress("done", 1.0)
-        (place / FILE).write_text(_manifest(job, version, built).to_json(), encoding="utf-8")
-        arguments = {"target": device.name, **{key: _plain(value) for key, value in given.items() if value and key != "timing_cache"}}
+        manifest = _manifest(job, built)
+        (place / FILE).write_text(manifest.to_json(), encoding="utf-8")
+        said = {**given, "pick": None if pick == "order" else pick, "timing_cache": None}
+        arguments = {"target": device.name, **{key: _plain(value) for key, value in said.items() if value}}
         write(
             folder,
             family=bundle.family,
             components=bundle.components,
             sampling=bundle.sampling,
-            history=(*bundle.history, Verb("build", arguments, {"edgediffusion": __version__, device.engines[0]: version})),
+            history=(*bundle.history, Verb("build", arguments, {"edgediffusion": __version__, **manifest.versions()})),
             known={n: bundle.files[n] for n in kept},
         )
     return Bundle.open(output)
 
 
-def _options(engine: Any, target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What this engine's ``build`` is called with: what was asked for, and what the target says."""
-    known = getattr(engine, "options", ())
-    if unknown := [name for name, value in given.items() if value and name not in known]:
+def _engine(name: str) -> Any:
+    return registry.find("runtimes.engines", name, kind="engine")
+
+
+def _takes(engine: str) -> tuple[str, ...]:
+    taken: tuple[str, ...] = getattr(_engine(engine), "options", ())
+    return taken
+
+
+def _check_options(job: _Job) -> None:
+    known = {name for engine in job.engines for name in _takes(engine)}
+    if unknown := [name for name, value in job.given.items() if value and name not in known]:
         raise ArgumentError(
-            f"The engine '{target.engines[0]}' of the target '{target.name}' has no such option",
+            f"The engine '{', '.join(job.engines)}' of the target '{job.target.name}' has no such option",
             got=", ".join("--" + name.replace("_", "-") for name in unknown),
-            allowed=", ".join("--" + name.replace("_", "-") for name in given if name in known) or "none",
+            allowed=", ".join("--" + name.replace("_", "-") for name in job.given if name in known) or "none",
         )
-    facts = {"device": target.device, "compute_capabilities": (target.compute_capability,) if target.compute_capability else ()}
-    return {name: value for name, value in {**facts, **given}.items() if name in known and value and name != "shapes"}
 
 
 def _check_place(target: Target) -> None:
@@ -116,11 +147,11 @@ def _check_place(target: Target) -> None:
         )
 
 
-def _check_version(target: Target, version: str) -> None:
-    wanted = target.libraries.get(target.engines[0], "")
+def _check_version(target: Target, engine: str) -> None:
+    version, wanted = _engine(engine).version(), target.libraries.get(engine, "")
     if not targets.in_range(version, wanted):
         raise EngineError(
-            f"The target '{target.name}' takes other versions of {target.engines[0]}",
+            f"The target '{target.name}' takes other versions of {engine}",
             got=version,
             allowed=wanted,
             do="Install one of them, or take a target of your own: docs/targets.md.",
@@ -129,7 +160,7 @@ def _check_version(target: Target, version: str) -> None:
 
 def _check_graph(job: _Job, component: Component) -> None:
     """Refuse what the target's engine cannot read or has no kernels for, before minutes of building and in our own words."""
-    if not hasattr(job.engine, "options"):  # it reads any ONNX file, or none
+    if not all(map(_takes, job.engines)):  # one of them reads any ONNX file, or none
         return
     header = read_header(job.bundle.path / component.model)
     if lacking := [f for f in header.formats if f in _REFUSED and f not in job.target.formats]:
@@ -155,19 +186,50 @@ def _check_axes(job: _Job) -> None:
         raise ArgumentError("No graph of the bundle has such an axis", got=", ".join(unknown), allowed=", ".join(known) or "none")
 
 
-def _build_one(job: _Job, component: Component, place: Path, progress: Progress) -> str:
-    file: str = component.name + job.engine.suffix
-    known, options = getattr(job.engine, "options", ()), dict(job.options)
+def _first(job: _Job, component: Component, place: Path, progress: Progress) -> _Made:
+    name = job.engines[0]
+    file: str = component.name + _engine(name).suffix
     progress(component.name, 0.0)
-    if "progress" in known:
-        options["progress"] = lambda label, part: progress(f"{component.name}: {label}", part)
-    if "shapes" in known:
-        options["shapes"] = job.shapes
+    _build_one(job, component, name, job.given["precision"], place / file, progress)
+    return _Made(file, name, job.given["precision"] or "")
+
+
+def _picked(job: _Job, component: Component, place: Path, progress: Progress) -> _Made:
+    def build_one(engine: str, precision: str, file: Path) -> None:
+        _check_version(job.target, engine)
+        _build_one(job, component, engine, precision or None, file, lambda label, part: None)
+
+    file, trials = picking.pick(
+        component,
+        job.bundle.path / component.model,
+        place,
+        build_one,
+        picking.candidates(job.target, job.given["precision"]),
+        sampling=job.bundle.sampling,
+        sizes=job.shapes,
+        max_error=job.max_error,
+        threads=job.threads,
+        progress=progress,
+    )
+    (chosen,) = (trial for trial in trials if trial.chosen)
+    return _Made(file, chosen.engine, chosen.precision, trials)
+
+
+def _build_one(job: _Job, component: Component, engine: str, precision: str | None, file: Path, progress: Progress) -> None:
+    target = job.target
+    every = {
+        "device": target.device,
+        "compute_capabilities": (target.compute_capability,) if target.compute_capability else (),
+        "precision": precision,
+        "shapes": job.shapes,
+        "timing_cache": job.given["timing_cache"],
+        "progress": lambda label, part: progress(f"{component.name}: {label}", part),
+    }
+    options = {name: value for name, value in every.items() if name in _takes(engine) and value}
     try:
-        job.engine.build(job.bundle.path / component.model, place / file, threads=job.threads, **options)
+        _engine(engine).build(job.bundle.path / component.model, file, threads=job.threads, **options)
     except EngineError as error:
         raise EngineError(f"The component '{component.name}' could not be built: {error}", do=_advice(job)) from error
-    return file
 
 
 def _advice(job: _Job) -> str:
@@ -182,8 +244,11 @@ def _advice(job: _Job) -> str:
     )
 
 
-def _manifest(job: _Job, version: str, built: Mapping[str, str]) -> EngineManifest:
-    ranged = "compute_capabilities" in getattr(job.engine, "options", ()) or job.target.device == "npu"
+def _manifest(job: _Job, built: Mapping[str, _Made]) -> EngineManifest:
+    """The manifest's engine is the denoiser's; a component that another one serves says so itself."""
+    denoisers = [c.name for c in job.bundle.with_role("denoise")]
+    main = built[(denoisers or list(built))[0]]
+    ranged = "compute_capabilities" in _takes(main.engine) or job.target.device == "npu"
     shapes = {
         name: {
             axis: (r.smallest, r.usual, r.largest)
@@ -192,15 +257,17 @@ def _manifest(job: _Job, version: str, built: Mapping[str, str]) -> EngineManife
         }
         for name in built
     }
-    return EngineManifest.of(
-        job.target.engines[0],
-        version,
+    manifest = EngineManifest.of(
+        main.engine,
+        _engine(main.engine).version(),
         job.bundle,
-        built,
+        {name: made.file for name, made in built.items()},
         shapes=shapes if ranged else {},
-        compute_capability=job.target.compute_capability if "compute_capabilities" in job.options else "",
-        precision=str(job.options.get("precision", "")),
+        compute_capability=job.target.compute_capability if "compute_capabilities" in _takes(main.engine) else "",
+        precision=main.precision,
     )
+    others = {name: (made.engine, _engine(made.engine).version()) for name, made in built.items() if made.engine != main.engine}
+    return manifest.served_by(others, [asdict(trial) for made in built.values() for trial in made.trials])
 
 
 def _part_of(progress: Progress, at: int, of: int) -> Progress:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +33,6 @@ _CPU_FEATURES = ("asimddp", "avx", "avx2", "avx512_bf16", "avx512_vnni", "avx512
 
 
 _WORDS = {
-    "version": "{} version",
     "os": "operating system",
     "arch": "architecture",
     "cpu": "processor",
@@ -54,17 +53,21 @@ class Host:
 @dataclass(frozen=True)
 class BuiltComponent:
     """``file`` is relative to the folder of ``engine.json``; the hash is that of the ONNX file it was built from. ``shapes`` are the
-    smallest, usual and largest sizes of the axes for which the engine has a range; others may have any size."""
+    smallest, usual and largest sizes of the axes for which the engine has a range; others may have any size. ``engine`` and ``version``
+    are empty where they are the manifest's."""
 
     file: str
     model_sha256: str
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    engine: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True)
 class EngineManifest:
     """``compute_capability`` is that of the GPU it is for, and then the processor does not matter; ``precision`` what float layers are
-    computed in, where that was asked for; ``state`` the digest of the quantization state that the graphs were made with."""
+    computed in, where that was asked for; ``state`` the digest of the quantization state that the graphs were made with. ``trials`` is the
+    table by which engines were picked, where they were measured (``pick.Trial``)."""
 
     engine: str
     version: str
@@ -75,6 +78,7 @@ class EngineManifest:
     compute_capability: str = ""
     precision: str = ""
     state: str = ""
+    trials: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def of(
@@ -97,6 +101,18 @@ class EngineManifest:
         state = next((str(verb.arguments.get("state", "")) for verb in reversed(bundle.history) if verb.name == "quantize"), "")
         cpu = () if compute_capability else machine.cpu
         return cls(engine, version, machine.os, machine.arch, cpu, built, compute_capability, precision, state)
+
+    def served_by(self, others: Mapping[str, tuple[str, str]], trials: Sequence[Mapping[str, Any]]) -> EngineManifest:
+        """The same, with components that another engine of a version serves, and the table that says why."""
+        named = {n: replace(c, engine=others[n][0], version=others[n][1]) if n in others else c for n, c in self.components.items()}
+        return replace(self, components=named, trials=tuple(trials))
+
+    def engine_of(self, component: str) -> str:
+        return self.components[component].engine or self.engine
+
+    def versions(self) -> dict[str, str]:
+        """Every engine of it with its version."""
+        return {self.engine: self.version, **{c.engine: c.version for c in self.components.values() if c.engine}}
 
     def to_json(self) -> str:
         return dump_json(asdict(self))
@@ -143,12 +159,19 @@ def read(bundle: Bundle, target: str) -> EngineManifest:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         components = {
-            name: BuiltComponent(c["file"], c["model_sha256"], {axis: tuple(r) for axis, r in c.get("shapes", {}).items()})
+            name: BuiltComponent(
+                c["file"],
+                c["model_sha256"],
+                {axis: tuple(r) for axis, r in c.get("shapes", {}).items()},
+                str(c.get("engine", "")),
+                str(c.get("version", "")),
+            )
             for name, c in content["components"].items()
         }
         engine, version, system, arch = (str(content[key]) for key in ("engine", "version", "os", "arch"))
-        later = [str(content.get(key, "")) for key in ("compute_capability", "precision", "state")]
-        return EngineManifest(engine, version, system, arch.lower(), tuple(content.get("cpu", ())), components, *later)
+        later = {key: str(content.get(key, "")) for key in ("compute_capability", "precision", "state")}
+        cpu, trials = tuple(content.get("cpu", ())), tuple(content.get("trials", ()))
+        return EngineManifest(engine, version, system, arch.lower(), cpu, components, **later, trials=trials)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"'{file}' is missing or damaged: {type(error).__name__}: {error}", do=_rebuild(bundle, target)) from None
 
@@ -161,14 +184,16 @@ def check(manifest: EngineManifest, bundle: Bundle, target: str) -> None:
         MissingExtra: the engine's library is not installed.
     """
     engine = find("runtimes.engines", manifest.engine)
-    here, version = host(), engine.version()
-    found = {"version": version, "os": here.os, "arch": here.arch, "cpu": here.cpu or manifest.cpu}
-    stated = {"version": manifest.version, "os": manifest.os, "arch": manifest.arch, "cpu": manifest.cpu or here.cpu}
+    here = host()
+    found = {"os": here.os, "arch": here.arch, "cpu": here.cpu or manifest.cpu}
+    stated = {"os": manifest.os, "arch": manifest.arch, "cpu": manifest.cpu or here.cpu}
+    for name, version in manifest.versions().items():
+        found[f"{name} version"], stated[f"{name} version"] = find("runtimes.engines", name).version(), version
     if manifest.compute_capability:
         found["gpu"], stated["gpu"] = engine.compute_capability(), manifest.compute_capability
-    words = {k: word for k, word in _WORDS.items() if k in stated and k not in getattr(engine, "portable", ())}
-    unlike = {k: word.format(manifest.engine) for k, word in words.items() if stated[k] != found[k]}
-    differing = [f"{word} {_text(stated[k])}, here {_text(found[k])}" for k, word in unlike.items()]
+    alike = {"cpu", *getattr(engine, "portable", ())} if manifest.compute_capability else getattr(engine, "portable", ())
+    unlike = sorted((k for k in stated if k not in alike and stated[k] != found[k]), key=lambda k: k in _WORDS)
+    differing = [f"{_WORDS.get(k, k)} {_text(stated[k])}, here {_text(found[k])}" for k in unlike]
     for component in bundle.components:
         built = manifest.components.get(component.name)
         if built is None:

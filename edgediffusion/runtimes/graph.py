@@ -101,21 +101,21 @@ def open_components(bundle: Bundle, components: Sequence[Component], *, target: 
     """
     chosen = engine_manifest.choose(bundle, target)
     if chosen == engine_manifest.ONNX:
-        engine = find("runtimes.engines", "onnxruntime")
-        files = {c.name: bundle.path / c.model for c in components}
+        files = {c.name: ("onnxruntime", bundle.path / c.model) for c in components}
     else:
         manifest = engine_manifest.read(bundle, chosen)
         engine_manifest.check(manifest, bundle, chosen)
-        engine = find("runtimes.engines", manifest.engine)
         files = {c.name: _built_file(bundle, manifest, chosen, c.name) for c in components}
-    return tuple(Graph(c, engine.open_session(files[c.name], threads=threads)) for c in components)
+    sessions = {name: find("runtimes.engines", engine).open_session(file, threads=threads) for name, (engine, file) in files.items()}
+    return tuple(Graph(c, sessions[c.name]) for c in components)
 
 
-def _built_file(bundle: Bundle, manifest: engine_manifest.EngineManifest, target: str, name: str) -> Path:
+def _built_file(bundle: Bundle, manifest: engine_manifest.EngineManifest, target: str, name: str) -> tuple[str, Path]:
+    """The engine that serves a component, and its file."""
     if name not in manifest.components:
         raise BundleError(
             f"The engines for '{target}' lack the component '{name}'",
             got=", ".join(manifest.components),
             do=f"Build them anew with: edgediffusion build {bundle.path} --target {target} -o NEW",
         )
-    return bundle.path / engine_manifest.ENGINES / target / manifest.components[name].file
+    return manifest.engine_of(name), bundle.path / engine_manifest.ENGINES / target / manifest.components[name].file
