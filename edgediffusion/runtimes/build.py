@@ -171,12 +171,20 @@ def _check_graph(job: _Job, component: Component) -> None:
             allowed=", ".join(job.target.formats),
             do=f"Quantize it by another recipe, as int8, or take a target that has them: {', '.join(able) or 'none is known'}.",
         )
+    floats = {spec.dtype for spec in header.outputs if spec.dtype.startswith("float")}
+    if "compute_capabilities" in _takes(job.engines[0]) and not floats <= set(job.target.formats):  # typed as the file says
+        raise EngineError(
+            f"The target '{job.target.name}' has no kernels for the float format of '{component.name}'",
+            got=", ".join(sorted(floats)),
+            allowed=", ".join(job.target.formats),
+            do="Export it again: edgediffusion export SOURCE --dtype fp16 -o BUNDLE",
+        )
     if header.opset > job.target.opset:
         raise EngineError(
             f"The target '{job.target.name}' does not read the opset of '{component.name}'",
             got=header.opset,
             allowed=f"{job.target.opset} and older",
-            do=f"Export it again: edgediffusion export SOURCE --opset {job.target.opset} -o BUNDLE",
+            do=f"Export it again: edgediffusion export SOURCE --opset {job.target.opset} -o BUNDLE. Quantization states serve both.",
         )
 
 

@@ -288,6 +288,12 @@ class TestBuilding:
         with pytest.raises(EngineError, match=r"does not read the opset of 'text_encoder'. Got: 18. Allowed: 17 and older. .*--opset 17"):
             build(write_bundle(tmp_path / "bundle"), tmp_path / "built", target=str(own))
 
+    def test_float32_for_a_gpu_whose_float_kernels_are_float16(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            EngineError, match=r"'rtx-2080' has no kernels for the float format of 'text_encoder'. Got: float32. .*--dtype fp16"
+        ):
+            build(write_bundle(tmp_path / "bundle"), tmp_path / "built", target="rtx-2080")
+
     def test_fp8_for_a_gpu_without_it_is_refused_before_the_build(self, tmp_path: Path) -> None:
         bundle = with_fp8(write_bundle(tmp_path / "bundle"))
         started = time.monotonic()
