@@ -18,8 +18,9 @@ from edgediffusion.runtimes.network import PREDICTION, Call, Joined, Network
 
 MODULATED = "modulated input"
 _MOST = 1 << 16  # values of a tensor that are kept: mean changes need no more
-_DEGREE = 4  # of TeaCache's polynomials
+_DEGREE = 4  # of TeaCache's polynomials, at the most
 _POINTS = 10  # for each coefficient that is fitted
+_FOLDS = 5
 
 
 @dataclass
@@ -125,8 +126,17 @@ def _polynomial(points: Sequence[tuple[float, float]]) -> str:
     if not points:
         return ""
     x, y = np.array([point for point in points if np.isfinite(point).all()]).reshape(-1, 2).T
-    degree = min(_DEGREE, len(x) // _POINTS)
-    return _text(np.polyfit(x, y, degree)) if degree >= 1 else "identity"
+    degrees = range(1, min(_DEGREE, len(x) // _POINTS) + 1)
+    return _text(np.polyfit(x, y, min(degrees, key=lambda degree: _held_out(x, y, degree)))) if degrees else "identity"
+
+
+def _held_out(x: np.ndarray, y: np.ndarray, degree: int) -> float:
+    """The squared error on points that were left out: a high degree follows the points and nothing between them."""
+    fold, error = np.arange(len(x)) % _FOLDS, 0.0
+    for left_out in range(_FOLDS):
+        inside = fold != left_out
+        error += float(((np.polyval(np.polyfit(x[inside], y[inside], degree), x[~inside]) - y[~inside]) ** 2).sum())
+    return error
 
 
 def _text(values: np.ndarray) -> str:

@@ -73,6 +73,8 @@ class TestChanges:
         found = [float(value) for value in _polynomial(points).split("/")]
         np.testing.assert_allclose(found, law, rtol=1e-3)
         assert len(_polynomial(points[:15]).split("/")) == 2  # a line: few points hold no more
+        noisy = [(a, 2 * a + 0.3 * b) for (a, _), b in zip(points, np.random.default_rng(0).standard_normal(60), strict=True)]
+        assert len(_polynomial(noisy).split("/")) < 5  # what a high degree would follow is noise
         assert _polynomial(points[:5]) == "identity"
         assert _polynomial([]) == ""
 
