@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-_COLOURS = ("#1f5fbf", "#c8402f", "#2f8f4e", "#8a4fbf", "#c98a1b", "#3aa6a6", "#b0447f", "#6b6b6b", "#20304f", "#7f9f2f")
+_COLOURS = ("#1f5fbf", "#c8402f", "#2f8f4e", "#8a4fbf", "#c98a1b", "#3aa6a6", "#b0447f", "#6b6b6b", "#20304f", "#7f9f2f", "#d97fc0")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 720, 480, 64, 36, 250, 48
 Points = Sequence[tuple[float, float]]
 
