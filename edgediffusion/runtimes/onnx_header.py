@@ -120,7 +120,15 @@ def _spec(data: memoryview) -> TensorSpec:
         parts = dict(_fields(_message(dimension)))
         size = parts.get(1)
         shape.append(size if isinstance(size, int) else _text(parts.get(2)) or f"{name}.{index}")
-    return TensorSpec(name, _TYPES[int(tensor[1])], tuple(shape))
+    return TensorSpec(name, _numpy_type(name, tensor[1]), tuple(shape))
+
+
+def _numpy_type(tensor: str, number: int | memoryview) -> str:
+    """The type of an input or output, which buffers are to hold."""
+    name = _TYPES[int(number)] if isinstance(number, int) else ""
+    if name in ("", "bfloat16", "fp8", "int4", "fp4"):
+        raise EngineError(f"The tensor '{tensor}' has a type that NumPy lacks", got=name, do="Export the graph with float32 or float16.")
+    return name
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

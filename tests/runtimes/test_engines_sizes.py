@@ -111,6 +111,14 @@ def test_a_weight_that_is_listed_as_an_input_is_none(tmp_path: Path) -> None:
     assert read_header(tmp_path / "m.onnx").inputs == DENOISE.inputs
 
 
+def test_a_type_that_numpy_lacks_is_refused(tmp_path: Path) -> None:
+    value = [helper.make_tensor_value_info(n, TensorProto.BFLOAT16, [1]) for n in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", value[:1], value[1:])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "brain.onnx")
+    with pytest.raises(EngineError, match=r"The tensor 'x' has a type that NumPy lacks. Got: bfloat16"):
+        read_header(tmp_path / "brain.onnx")
+
+
 def test_a_damaged_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
     write_denoiser(tmp_path)
     content = (tmp_path / DENOISE.model).read_bytes()

@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,7 @@ class TensorRT:
             if ranges:
                 config.add_optimization_profile(_profile(builder, header.inputs, ranges))
             cache = _timing_cache(config, timing_cache)
-            with _watched(trt, config, progress, network.num_layers * self.seconds_per_layer):
-                plan = builder.build_serialized_network(network, config)
+            plan = _watched(trt, builder, network, config, progress, network.num_layers * self.seconds_per_layer)
             if plan is None:
                 raise EngineError(f"{self.title} could not build '{name}'", got=log.told() or "no reason given")
             engine.write_bytes(plan)
@@ -184,38 +184,26 @@ def _timing_cache(config: Any, file: Path | None) -> Any:
     return cache
 
 
-@contextmanager
-def _watched(trt: Any, config: Any, progress: Progress, expected_s: float) -> Iterator[None]:
-    """Tell what the builder does, twice a second, for some of its phases are one step that takes nine tenths of the time.
+def _watched(trt: Any, builder: Any, network: Any, config: Any, progress: Progress, expected_s: float) -> Any:
+    """The serialized network, built by another thread while this one tells what the builder does: some of its phases are one step that
+    takes nine tenths of the time.
 
     Where a time is expected, the part that is done is 1 - e^(-t / expected): what is left shrinks as time goes by, and never is
-    nothing. Else it is what the phases say. Ctrl-C, or what else ``progress`` raises, ends the build at its next step.
+    nothing. Else it is what the phases say. Ctrl-C, or what else ``progress`` raises, ends the build at the library's next step.
     """
-    phases, begun, over, raised = Phases(), time.monotonic(), threading.Event(), []
-
-    def tell() -> None:
-        part = 1 - math.exp((begun - time.monotonic()) / expected_s) if expected_s else phases.part()
-        try:
-            progress(phases.current or "building", min(part, 0.99))
-        except BaseException as error:
-            raised.append(error)
-            over.set()
-
-    def ticking() -> None:
-        while not over.wait(_TICK_S):
-            tell()
-
+    phases, begun, over = Phases(), time.monotonic(), threading.Event()
     if hasattr(config, "progress_monitor"):  # TensorRT 10.0 and later
         config.progress_monitor = _monitor(trt, phases, over)
-    thread = threading.Thread(target=ticking, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    if raised:
-        raise raised[0]
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(builder.build_serialized_network, network, config)
+        try:
+            while not wait([building], timeout=_TICK_S).done:
+                part = 1 - math.exp((begun - time.monotonic()) / expected_s) if expected_s else phases.part()
+                progress(phases.current or "building", min(part, 0.99))
+            return building.result()
+        except BaseException:
+            over.set()
+            raise
 
 
 def _monitor(trt: Any, phases: Phases, over: threading.Event) -> Any:
