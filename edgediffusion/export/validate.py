@@ -17,7 +17,7 @@ from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.export import Progress
 from edgediffusion.export.families import Axis, Part, Tensor, family_of
 from edgediffusion.export.quiet import quiet
-from edgediffusion.export.schedule import CLASSES
+from edgediffusion.export.schedule import scheduler_of
 from edgediffusion.export.source import Source
 from edgediffusion.runtimes.graph import Graph, open_components, open_graphs
 from edgediffusion.runtimes.pipeline import Pipeline
@@ -224,8 +224,6 @@ def _compare_pictures(prompt: str, ours: Pipeline, theirs: Any, run: _Run) -> Pi
 
 def _diffusers(source: Source, sampler: str) -> Any:
     """diffusers' own pipeline in float32, with its scheduler for ``sampler``."""
-    if sampler not in CLASSES:
-        raise ArgumentError(f"diffusers has no scheduler that is known here for '{sampler}'", allowed=", ".join(sorted(CLASSES)))
     # diffusers refuses some pipelines that lack a component, unless it is told so; and none is drawn with a safety checker.
     left_out = dict.fromkeys([name for name, entry in source.index.items() if entry == [None, None]])
     left_out |= {"safety_checker": None} if "safety_checker" in source.components else {}
@@ -233,7 +231,7 @@ def _diffusers(source: Source, sampler: str) -> Any:
         pipeline: Any = getattr(diffusers, source.class_name).from_pretrained(
             source.path, torch_dtype=torch.float32, local_files_only=True, variant=source.variant(), **left_out
         )
-        pipeline.scheduler = getattr(diffusers, CLASSES[sampler]).from_config(pipeline.scheduler.config)
+        pipeline.scheduler = scheduler_of(sampler, pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -115,7 +115,7 @@ def test_refuses_schedules_it_does_not_know() -> None:
 
 
 def test_refuses_a_sampler_for_the_other_kind_of_schedule() -> None:
-    with pytest.raises(ArgumentError, match="dpmpp-2m, flow-euler"):
+    with pytest.raises(ArgumentError, match="deis, dpmpp-2m, .*flow-euler"):
         ddim.points(NoiseSchedule("flow", 1000), 3)
-    with pytest.raises(ArgumentError, match="ddim, dpmpp-2m, euler"):
+    with pytest.raises(ArgumentError, match="ddim, ddpm, deis, dpm2, .*euler"):
         flow_euler.points(STABLE_DIFFUSION, 3)

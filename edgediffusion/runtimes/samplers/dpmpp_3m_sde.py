@@ -22,14 +22,14 @@ KIND = "both"
 class Options:
     """``source`` of the weight of the second derivative.
 
-    k-diffusion's vanishes with the step, as in a Taylor series. That of diffusers 0.42 is the same less one; it is the
-    default because a bundle draws what diffusers draws.
+    k-diffusion's vanishes with the step, as in a Taylor series. That of diffusers 0.42 is the same less one, with which the
+    spread of the pictures grows with the number of steps (docs/samplers.md); it is there to draw what diffusers draws.
     """
 
-    source: str = "diffusers"
+    source: str = "k-diffusion"
 
     def __post_init__(self) -> None:
-        check_choice("source", self.source, ("diffusers", "k-diffusion"))
+        check_choice("source", self.source, ("k-diffusion", "diffusers"))
 
 
 def points(schedule: NoiseSchedule, steps: int, options: Options = Options()) -> Points:
