@@ -27,10 +27,11 @@ def find(registry: str, name: str, *, kind: str = "") -> ModuleType:
     Raises:
         UnknownName: no file of the folder has that name; the message lists those that do.
     """
-    known = names(registry)
-    if name not in known:
-        raise UnknownName(kind or registry.rsplit(".", 1)[-1].removesuffix("s"), name, known)
-    return importlib.import_module(f"edgediffusion.{registry}.{name.replace('-', '_')}")
+    stem = name.replace("-", "_")
+    # A look at one file: listing the folder is what a small picture would feel, several times each.
+    if "_" in name or name.startswith("-") or not stem.isidentifier() or not _ROOT.joinpath(*registry.split("."), f"{stem}.py").is_file():
+        raise UnknownName(kind or registry.rsplit(".", 1)[-1].removesuffix("s"), name, names(registry))
+    return importlib.import_module(f"edgediffusion.{registry}.{stem}")
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

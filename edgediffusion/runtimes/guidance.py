@@ -33,7 +33,8 @@ class Guidance:
 
     def __call__(self, output: np.ndarray) -> np.ndarray:
         """float32 [2 images, ...], the unconditional rows first -> [images, ...]: u + scale (c - u), then rescaled."""
-        unconditional, conditional = np.split(output, 2)
+        images = len(output) // 2
+        unconditional, conditional = output[:images], output[images:]
         guided: np.ndarray = unconditional + self.scale * (conditional - unconditional)
         if self.rescale == 0:
             return guided

@@ -90,8 +90,9 @@ class Loop:
         def denoise(x: np.ndarray, i: int) -> np.ndarray:
             nonlocal x0
             x0 = self.denoise(x, i)
-            timestep = self.points.at[i].timestep
-            require_finite(x0, self.graph(timestep), f" in step {i + 1} of {total}, at time step {timestep:g}")
+            if not np.isfinite(x0).all():
+                timestep = self.points.at[i].timestep
+                require_finite(x0, self.graph(timestep), f" in step {i + 1} of {total}, at time step {timestep:g}")
             return x0
 
         started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypedDict
 
 import numpy as np
@@ -138,7 +139,7 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     name, sampler = resolve(request.sampler or sampling.sampler)
     steps, spacing = _steps(request, sampling)
     schedule = respaced(sampling.schedule, spacing)
-    walk = sampler.points(schedule, steps)
+    walk = _points(sampler, schedule, steps)
     _refuse_other_timesteps(request, walk, name)
     painted = painting(request.image, request.mask_image, request.strength)
     points = walk if painted is None else painted.points(walk, steps, name, sampler, is_flow=schedule.kind == "flow")
@@ -173,6 +174,12 @@ def plan(request: Request, sampling: Sampling) -> Plan:
             *_repainted(request, painted, (height, width)),
         ),
     )
+
+
+@lru_cache(maxsize=16)
+def _points(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> Points:
+    """Made once for pictures that are drawn alike: a table of all training steps is behind it."""
+    return sampler.points(schedule, steps)
 
 
 def _steps(request: Request, sampling: Sampling) -> tuple[int, str | None]:

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def _mapped(wrong: str) -> Iterator[None]:
         raise EngineError(wrong, got=f"{type(error).__name__}: {error}") from error
 
 
+@cache
 def _native_errors() -> tuple[type[Exception], ...]:
     native = vars(require("onnxruntime.capi.onnxruntime_pybind11_state", extra="cpu", purpose="Running on this CPU"))
     return tuple(value for value in native.values() if isinstance(value, type) and issubclass(value, Exception))
