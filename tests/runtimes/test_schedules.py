@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 
 from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.errors import ArgumentError, BundleError, UnknownName
+from edgediffusion.registry import find, names
 from edgediffusion.runtimes import schedules
+from edgediffusion.runtimes.request import Request, plan
 from edgediffusion.runtimes.samplers import ddim, dpmpp_2m, euler, flow_euler, lcm
+from edgediffusion.runtimes.spacings import EVEN, beta, exponential, karras
 
-from .tiny import STABLE_DIFFUSION
+from .tiny import SAMPLING, STABLE_DIFFUSION
 
 KINDS = {
     "linear": (0.0001, 0.02),
@@ -119,3 +123,91 @@ def test_refuses_a_sampler_for_the_other_kind_of_schedule() -> None:
         ddim.points(NoiseSchedule("flow", 1000), 3)
     with pytest.raises(ArgumentError, match="ddim, ddpm, deis, dpm2, .*euler"):
         flow_euler.points(STABLE_DIFFUSION, 3)
+
+
+# Ramps
+
+
+def test_beta_quantiles_are_those_of_scipy() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    p = np.linspace(0, 1, 41)
+    for a, b in ((0.6, 0.6), (0.1, 3.0), (2.0, 0.5), (1.0, 1.0), (10.0, 10.0)):
+        found = [beta.quantile(q, a, b) for q in p.tolist()]
+        # Both invert a function known to 1e-15 or so; where it is flat (a = 0.1) that is worth more in x.
+        np.testing.assert_allclose(found, scipy_stats.beta.ppf(p, a, b), rtol=1e-9, atol=1e-12)
+
+
+def test_beta_quantiles_without_scipy() -> None:
+    assert [beta.quantile(p, 1.0, 1.0) for p in (0.0, 0.25, 0.9, 1.0)] == pytest.approx([0.0, 0.25, 0.9, 1.0], abs=1e-15)  # uniform
+    assert beta.quantile(0.25, 0.5, 0.5) == pytest.approx(math.sin(math.pi / 8) ** 2, abs=1e-14)  # the arcsine law
+    assert beta.quantile(0.5, 0.6, 0.6) == pytest.approx(0.5, abs=1e-14)
+
+
+def test_ramps() -> None:
+    # 80 down to 0.002 with rho = 7: the noise levels of Karras et al. 2022, equation 5, at the ends and in the middle.
+    levels = karras.ramp(80.0, 0.002, 3)
+    assert levels.tolist() == pytest.approx([80.0, ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7, 0.002], rel=1e-12)
+    assert exponential.ramp(100.0, 0.01, 5).tolist() == pytest.approx([100.0, 10.0, 1.0, 0.1, 0.01], rel=1e-12)
+    dense = beta.ramp(1.0, 0.0, 11)
+    assert dense[0] - dense[1] < dense[4] - dense[5]
+    assert dense[4] - dense[5] == pytest.approx(dense[5] - dense[6])
+
+
+@pytest.mark.parametrize("name", names("runtimes.spacings"))
+def test_every_spacing_gives_levels_that_fall(name: str) -> None:
+    module = find("runtimes.spacings", name)
+    assert hasattr(module, "timesteps") != hasattr(module, "ramp")
+    if name in ("dp", "timesteps", "sigmas"):
+        pytest.skip("takes a table of its own: tests/runtimes/test_spacings_tables.py")
+    for with_end in (False, True):
+        ratios, timesteps = schedules.levels(replace(STABLE_DIFFUSION, spacing=name), 10, with_end=with_end)
+        assert ratios.shape == timesteps.shape == (10,)
+        assert (np.diff(ratios) < 0).all()
+        assert (np.diff(timesteps) < 0).all()
+        assert 0 <= timesteps[-1] < timesteps[0] <= 999
+
+
+def test_ramps_run_between_the_levels_of_their_ends() -> None:
+    for spacing in EVEN:
+        even = schedules.levels(replace(STABLE_DIFFUSION, spacing=spacing), 10)[0]
+        ramp = schedules.levels(replace(STABLE_DIFFUSION, spacing=f"karras:ends={spacing}"), 10)[0]
+        assert (ramp[0], ramp[-1]) == pytest.approx((even[0], even[-1]), rel=1e-12)
+    whole = schedules.levels(replace(STABLE_DIFFUSION, spacing="karras"), 1, with_end=True)[0]
+    assert whole[0] == pytest.approx(14.614641, abs=1e-5)  # a multistep solver starts from all the noise, even in one step
+
+
+# What a request makes of a spacing
+
+
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ("karas", "No spacing is called 'karas'.*'karras'"),
+        ("leading:rho=2", "'leading' has no option 'rho'.*none"),
+        ("karras:rho=0", "'rho'.*Got: 0.*Allowed: 0.1 to 100"),
+        ("beta:ends=beta", "'ends'.*Got: beta.*leading, trailing, linspace"),
+    ],
+)
+def test_refuses_spacings(spacing: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        schedules.respaced(STABLE_DIFFUSION, spacing)
+
+
+def test_a_flow_takes_ramps_alone() -> None:
+    flow = NoiseSchedule("flow", 1000, shift=3.0)
+    with pytest.raises(ArgumentError, match="no training timesteps.*beta, .*karras"):
+        schedules.respaced(flow, "trailing")
+    plain, ramp = (flow_euler.points(schedules.respaced(flow, spacing), 5).at for spacing in (None, "karras"))
+    assert (ramp[0].sigma, ramp[-1].sigma) == pytest.approx((plain[0].sigma, plain[-1].sigma), rel=1e-12)
+    assert ramp[2].sigma < plain[2].sigma
+
+
+def test_a_request_overrides_the_spacing_and_hears_when_that_does_nothing() -> None:
+    options = {"num_inference_steps": 4, "spacing": "trailing"}
+    settled = plan(Request("a", sampler="ddim", **options), SAMPLING)
+    assert [point.timestep for point in settled.points.at] == [999, 749, 499, 249]
+    assert (settled.steps, settled.spacing, settled.warnings) == (4, "trailing", ())
+    (warning,) = plan(Request("a", sampler="lcm", **options), SAMPLING).warnings
+    assert warning.startswith("spacing trailing has no effect")
+    assert plan(Request("a", sampler="heun", num_inference_steps=4), SAMPLING).steps == 4
+    assert len(plan(Request("a", sampler="heun", num_inference_steps=4), SAMPLING).points) == 7
