@@ -52,43 +52,50 @@ def choose_formats(
     reached = _reached(network, items[0])
     fixed = {name for name in sizes if name not in reached or recipe.excludes(name.removeprefix(prefix))}
     _check_reach(recipe, sizes, fixed, prefix)
-    chosen = [tensors(items[i]) for i in np.unique(np.linspace(0, len(items) - 1, ITEMS).astype(int))]
-    generator, calls = torch.Generator().manual_seed(seed), 0
     formats = _formats(recipe)
-
-    def forward(model: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        progress("choosing formats", min(1.0, calls / (len(chosen) * (len(formats) + 1))))
-        output: torch.Tensor = model(**feeds)
-        return output
-
-    def loss(output: torch.Tensor, feeds: object) -> torch.Tensor:
-        seen = [output]
-        if guidance_scale is not None and len(output) == 2:
-            seen.append(output[:1] + guidance_scale * (output[1:] - output[:1]))
-        return torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in seen]).sum()
-
-    eight = [
-        name for name in sizes if name not in fixed and recipe.formats(name.removeprefix(prefix)) != (recipe.weights, recipe.activations)
-    ]
+    eight = [name for name in sizes if name not in fixed and recipe.bits(name.removeprefix(prefix))[0] > min(formats)]
+    settled = {"module_name_patterns": eight, "quantization_formats": [formats[8]], "allow_no_quant": False}
+    chosen = [tensors(items[i]) for i in np.unique(np.linspace(0, len(items) - 1, ITEMS).astype(int))]
     with _searching() as mtq:
         _, state = mtq.auto_quantize(
             network,
             {"effective_bits": float(recipe.effective_bits)},
             list(formats.values()),
             chosen,
-            forward,
-            loss_func=loss,
+            _forward(len(chosen) * (len(formats) + 1), progress),
+            loss_func=_loss(seed, guidance_scale),
             disabled_layers=sorted(fixed) or None,
-            module_search_spaces=[{"module_name_patterns": eight, "quantization_formats": [formats[8]], "allow_no_quant": False}]
-            if eight
-            else None,
+            module_search_spaces=[settled] if eight else None,
             num_calib_steps=len(chosen),
             num_score_steps=len(chosen),
         )
     found = {name.removesuffix(".quant_recipe"): form.num_bits for name, form in state["best"]["recipe"].items()}
     return _written(recipe, {name.removeprefix(prefix): bits for name, bits in found.items() if name not in fixed})
+
+
+def _forward(calls: int, progress: Callable[[str, float], None]) -> Callable[..., torch.Tensor]:
+    done = 0
+
+    def forward(model: torch.nn.Module, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        progress("choosing formats", min(1.0, done / calls))
+        output: torch.Tensor = model(**feeds)
+        return output
+
+    return forward
+
+
+def _loss(seed: int, guidance_scale: float | None) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(output: torch.Tensor, _feeds: object) -> torch.Tensor:
+        seen = [output]
+        if guidance_scale is not None and len(output) == 2:
+            seen.append(output[:1] + guidance_scale * (output[1:] - output[:1]))
+        return torch.stack([(y * torch.randn(y.shape, generator=generator)).sum() for y in seen]).sum()
+
+    return loss
 
 
 def _formats(recipe: Recipe) -> dict[int, dict[str, Any]]:
