@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.cli import main
 from edgediffusion.cli._progress import Progress
@@ -119,7 +120,18 @@ def test_build(library: Callable[..., Library], bundle: Bundle) -> None:
     build = library("edgediffusion.runtimes.build", "build")
     run("build", bundle.path, "--target", "cpu-x86-64", "-o", "out")
     assert build.arguments == (bundle, Path("out"))
-    assert build.settings == {"target": "cpu-x86-64"}
+    asked = {"target": "cpu-x86-64", "threads": None, "precision": None, "shapes": "", "timing_cache": None}
+    assert build.settings == {**asked, "pick": "order", "max_error": 1e-3}
+    run("build", bundle.path, "--target", "auto", "--precision", "bfloat16", "--shapes", "batch=1:2:4", "--threads", 1, "-o", "out")
+    assert build.settings == {
+        **asked,
+        "target": "auto",
+        "precision": "bfloat16",
+        "shapes": "batch=1:2:4",
+        "threads": 1,
+        "pick": "order",
+        "max_error": 1e-3,
+    }
 
 
 def test_validate(library: Callable[..., Library], bundle: Bundle) -> None:
@@ -149,8 +161,14 @@ def test_demo(library: Callable[..., Library], tmp_path: Path) -> None:
 
 
 def test_targets() -> None:
-    assert "cpu-x86-64  onnxruntime" in run("targets").stdout
-    assert [t["name"] for t in json.loads(run("targets", "--json").stdout)] == ["cpu-x86-64"]
+    lines = {line.split()[0]: line for line in run("targets").stdout.splitlines()}
+    assert " onnxruntime, openvino " in lines["cpu-x86-64"]
+    assert lines["jetson-orin-nano"].split()[-5:] == ["68", "20", "10?", "87", "15?"]  # '?': no page confirms it
+    assert [t["name"] for t in json.loads(run("targets", "--json").stdout)] == list(targets.names())
+    one = run("targets", "rtx-4090").stdout
+    assert "peak tops.int8" in one
+    assert "660.6" in one
+    assert json.loads(run("targets", "rtx-4090", "--json").stdout)["peak_tops"]["int8"] == 660.6
 
 
 @pytest.mark.parametrize("command", ["quantize", "build", "run", "validate", "profile", "inspect", "calibrate"])
