@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError, OutputError
@@ -17,7 +17,7 @@ from edgediffusion.optimize import parts
 from edgediffusion.optimize.items import Drawing, Drawn, Tell, check_drawing, draw_items
 from edgediffusion.optimize.measure import check_graph_recipe, measure, measure_graph
 from edgediffusion.optimize.recipe import Recipe, load_recipe
-from edgediffusion.optimize.stages import boundaries
+from edgediffusion.optimize.stages import Items, boundaries, without_last
 from edgediffusion.optimize.state import LayerState, QuantizationState, weights_digest
 from edgediffusion.registry import find
 
@@ -96,12 +96,13 @@ def state_of(
         ArgumentError: a layer gives values that are no finite numbers, or the recipe needs a source.
     """
     (component,) = _denoisers(bundle)
+    every = [(item.step, item.feeds) for item in drawn.items]
+    items, last = without_last(every, len(drawn.record["counts"]), recipe.float_last)
     if source is None:
-        items = [(item.step, item.feeds) for item in drawn.items]
         layers = measure_graph(bundle, component, items, recipe, folder=folder, progress=progress)
         observer, versions = "onnxruntime", {"onnxruntime": find("runtimes.engines", "onnxruntime").version()}
     else:
-        layers, recipe = _measure(source, component, bundle.path / component.model, drawn, recipe, progress)
+        layers, recipe = _measure(source, component, bundle.path / component.model, items, drawn.record, recipe, progress)
         used = ("torch", "diffusers", *(("nvidia-modelopt",) if _asks_modelopt(recipe) else ()))
         observer, versions = "torch", {tool: version(tool) for tool in used}
     return QuantizationState(
@@ -109,7 +110,7 @@ def state_of(
         calibration={**drawn.record, "observer": observer},
         layers={f"{component.name}/{name}": layer for name, layer in layers.items()},
         recipe=recipe.to_json(),
-        below=boundaries([(item.step, item.feeds) for item in drawn.items], recipe.stages),
+        below=(*boundaries(items, recipe.stages), *last),
         versions=versions,
     )
 
@@ -119,7 +120,7 @@ def _asks_modelopt(recipe: Recipe) -> bool:
 
 
 def _measure(
-    source: Source, component: Component, graph: Path, drawn: Drawn, recipe: Recipe, progress: Progress
+    source: Source, component: Component, graph: Path, items: Items, record: Mapping[str, Any], recipe: Recipe, progress: Progress
 ) -> tuple[dict[str, LayerState], Recipe]:
     """The layers of a source's network, and the recipe with the formats that were chosen for them where it asks for that."""
     from edgediffusion.export.families import family_of
@@ -130,8 +131,7 @@ def _measure(
     module = part.wrap(network)
     prefix = next(f"{name}." for name, child in module.named_children() if child is network)
     prepare_module(module, graph, recipe, prefix)
-    items = [(item.step, item.feeds) for item in drawn.items]
-    guidance, seed = float(drawn.record["guidance_scale"]), int(drawn.record["seed"])
+    guidance, seed = float(record["guidance_scale"]), int(record["seed"])
     if recipe.effective_bits:
         from edgediffusion.optimize.modelopt_formats import choose_formats
 

@@ -115,7 +115,21 @@ def recipe_for(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:
     if wanted is None:
         return own
     recipe = load_recipe(wanted)
-    fields = ("weights", "activations", "balance", "ranges", "rounding", "group", "rank", "stages", "dynamic", "eight", "split", "rotate")
+    fields = (
+        "weights",
+        "activations",
+        "balance",
+        "ranges",
+        "rounding",
+        "group",
+        "rank",
+        "stages",
+        "float_last",
+        "dynamic",
+        "eight",
+        "split",
+        "rotate",
+    )
     differing = [field for field in fields if getattr(recipe, field) != getattr(own, field)]
     if differing:
         raise ArgumentError(
@@ -181,7 +195,8 @@ def _quantize_component(
     bundle: Bundle, component: Component, folder: Path, job: _Job, engine: str | None, progress: Progress
 ) -> list[tuple[Component, dict[str, object]]]:
     """Write a denoiser's quantized graphs, one for each stage; what became of their layers. ``engine`` runs each once."""
-    parts = stage_components(component, job.state.below)
+    every = stage_components(component, job.state.below)
+    parts, last = (every[:-1], every[-1:]) if job.recipe.float_last else (every, ())
     found = []
     for stage, part in enumerate(parts):
         progress(f"quantizing {part.name}", stage / len(parts))
@@ -190,7 +205,17 @@ def _quantize_component(
             progress(f"checking {part.name}", (stage + 0.5) / len(parts))
             check_quantized(bundle, component, folder / part.model, engine)
     _share_weights([(folder / part.model).parent / WEIGHTS for part in parts])
-    return found
+    return [*found, *((part, _float_part(bundle, component, part, folder)) for part in last)]
+
+
+def _float_part(bundle: Bundle, component: Component, part: Component, folder: Path) -> dict[str, object]:
+    """Write ``part``, the denoiser of the last steps: the float one as it is, linked."""
+    before, after = (f"{c.model.rsplit('/', 1)[0]}/" for c in (component, part))
+    for name in bundle.files:
+        if name.startswith(before) and not name.endswith((".json", ".txt")):
+            (folder / after).mkdir(exist_ok=True)
+            link_or_copy(bundle.path / name, folder / after / name.removeprefix(before))
+    return {"quantized": 0, "float": {"": "the recipe keeps the last steps float"}}
 
 
 def _share_weights(stored: Sequence[Path]) -> None:

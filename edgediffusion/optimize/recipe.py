@@ -50,7 +50,8 @@ class Recipe:
     latter with ``group`` for every so many channels of it. ``effective_bits`` lets nvidia-modelopt choose which layers have the
     recipe's format, 8 bits, or stay float, so that a weight has so many bits on average (0: none is chosen). ``reconstruct`` is what
     rounding that learns is fitted to: the output of the whole ``network``, or of each ``block`` in turn. ``temporal = "tiar"`` fits the
-    rounding of the time embedding's layers to what they give at the sampler's steps.
+    rounding of the time embedding's layers to what they give at the sampler's steps. ``float_last`` is how many of the last sampling
+    steps the float network computes.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Recipe:
     effective_bits: float = 0.0
     reconstruct: str = "network"
     temporal: str = ""
+    float_last: int = 0
     exclude: tuple[str, ...] = ()
     eight: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
@@ -162,6 +164,10 @@ def _check_together(recipe: Recipe) -> None:
     if not (isinstance(recipe.stages, int) and 1 <= recipe.stages <= MOST_STAGES):
         raise ArgumentError(
             f"'{recipe.name}' asks for a number of stages that is none", got=repr(recipe.stages), allowed=f"1..{MOST_STAGES}"
+        )
+    if not (type(recipe.float_last) is int and 0 <= recipe.float_last <= MOST_STAGES):
+        raise ArgumentError(
+            f"'{recipe.name}' asks for a number of float steps that is none", got=repr(recipe.float_last), allowed=f"0..{MOST_STAGES}"
         )
     if recipe.stages > 1 and (recipe.rounding not in ("nearest", "gptq") or recipe.ranges.startswith("modelopt")):
         raise ArgumentError(
