@@ -51,7 +51,9 @@ Denoise = Callable[[np.ndarray, int], np.ndarray]
 
 
 class Sampler(Protocol):
-    """The shape of a sampler: its module, or its module with options bound."""
+    """The shape of a sampler: its module, or its module with options bound. Two that are equal have the same points."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def ORDER(self) -> float: ...
