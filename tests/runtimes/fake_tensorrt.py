@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable, Mapping
 from enum import Enum
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,3 +205,46 @@ def install(
     patch.setattr(targets, "cuda_devices", lambda: (targets.Device("Orin", 7.4, "8.7"),))
     _cuda.cuda.cache_clear()
     return library, cuda
+
+
+class FakeBuilding:
+    """What ``FakeTensorRT`` needs to build too, as TensorRT does on the GPU that is here: ``seen`` keeps what it was told."""
+
+    def __init__(self, library: FakeTensorRT):
+        self.seen: dict[str, Any] = {"shapes": {}}
+        library.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=3)
+        library.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
+        library.Builder = lambda log: self
+        library.OnnxParser = lambda network, log: SimpleNamespace(parse_from_file=lambda file: True)
+
+    def create_network(self, flags: int) -> Any:
+        self.seen["flags"] = flags
+        return SimpleNamespace(num_layers=5)
+
+    def create_optimization_profile(self) -> Any:
+        return SimpleNamespace(set_shape=lambda name, *shapes: self.seen["shapes"].update({name: shapes}))
+
+    def create_builder_config(self) -> Any:
+        kept: dict[str, Any] = {}
+
+        def set_timing_cache(cache: bytes, ignore_mismatch: bool) -> None:
+            kept["cache"] = cache
+            assert not ignore_mismatch
+
+        return SimpleNamespace(
+            add_optimization_profile=lambda profile: None,
+            progress_monitor=None,
+            create_timing_cache=lambda data: data,
+            set_timing_cache=set_timing_cache,
+            get_timing_cache=lambda: SimpleNamespace(serialize=lambda: kept["cache"] + b"one kernel, "),
+        )
+
+    def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+        monitor = config.progress_monitor
+        monitor.phase_start("Building engine", None, 100)
+        for step in range(100):
+            if not monitor.step_complete("Building engine", step):
+                return None
+            time.sleep(0.002)
+        monitor.phase_finish("Building engine")
+        return b"engine that was built"

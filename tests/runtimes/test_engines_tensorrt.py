@@ -21,12 +21,12 @@ from edgediffusion.errors import Cancelled, EngineError, MissingExtra
 from edgediffusion.registry import find
 from edgediffusion.runtimes import engine_manifest
 from edgediffusion.runtimes.build import build
-from edgediffusion.runtimes.engines import _cuda
+from edgediffusion.runtimes.engines import _cuda, _tensorrt
 from edgediffusion.runtimes.engines._described import Described
 from edgediffusion.runtimes.engines._tensorrt import Phases
 from edgediffusion.runtimes.sizes import parse_sizes
 
-from .fake_tensorrt import FakeCuda, FakeTensorRT, install
+from .fake_tensorrt import FakeBuilding, FakeCuda, FakeTensorRT, install
 from .tiny import DECODE, DENOISE, write_bundle, write_decoder, write_denoiser
 
 SHAPES = {"sample": (-1, 4, -2, -3), "timestep": (), "encoder_hidden_states": (-1, 8, 6), "out_sample": (-1, 4, -2, -3)}
@@ -206,6 +206,63 @@ class TestRunning:
             return
         with pytest.raises(EngineError, match=r"operating system plan9, here"):
             engine_manifest.check(manifest, bundle, "t4")
+
+
+class TestBuildingOnTheDevice:
+    """TensorRT proper, on a fake Orin: compute capability 8.7."""
+
+    @pytest.fixture
+    def building(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, FakeBuilding]]:
+        library, _ = install(monkeypatch, "tensorrt", SHAPES, compute)
+        monkeypatch.setattr(_tensorrt, "_TICK_S", 0.01)
+        yield find("runtimes.engines", "tensorrt"), FakeBuilding(library)
+        _cuda.cuda.cache_clear()
+
+    def test_builds_strongly_typed_with_a_range_for_every_axis_and_runs_what_it_built(self, building: Any, tmp_path: Path) -> None:
+        engine, seen = building[0], building[1].seen
+        write_denoiser(tmp_path)
+        told: list[tuple[str, float]] = []
+        engine.build(
+            tmp_path / DENOISE.model,
+            tmp_path / "unet.plan",
+            compute_capabilities=("8.7",),
+            shapes=SIZES,
+            progress=lambda label, part: told.append((label, part)),
+        )
+        assert seen["flags"] == 1 << 3
+        assert seen["shapes"]["sample"] == ([1, 4, 8, 8], [2, 4, 8, 8], [4, 4, 8, 8])
+        assert set(seen["shapes"]) == {"sample", "encoder_hidden_states"}  # the time step has no axis of its own
+        parts = [part for label, part in told if label == "Building engine"]
+        assert len(parts) > 3
+        assert parts == sorted(parts)
+        binding = engine.open_session(tmp_path / "unet.plan").bind(AXES)
+        expected = feed(binding, 1)
+        binding.run()
+        np.testing.assert_allclose(binding.outputs["out_sample"], expected, rtol=1e-6)
+
+    def test_the_timing_cache_goes_on_from_the_last_build(self, building: Any, tmp_path: Path) -> None:
+        write_denoiser(tmp_path)
+        for build_number in (1, 2):
+            engine_file = tmp_path / f"{build_number}.plan"
+            building[0].build(tmp_path / DENOISE.model, engine_file, shapes=SIZES, timing_cache=tmp_path / "cache" / "orin.cache")
+        assert (tmp_path / "cache" / "orin.cache").read_bytes() == b"one kernel, one kernel, "
+        assert [p.name for p in (tmp_path / "cache").iterdir()] == ["orin.cache"]
+
+    def test_another_gpu_than_the_one_here_is_refused(self, building: Any, tmp_path: Path) -> None:
+        write_denoiser(tmp_path)
+        with pytest.raises(EngineError, match=r"builds engines on the GPU that they are for. Got: compute capability 8.9, here 8.7. Copy"):
+            building[0].build(tmp_path / DENOISE.model, tmp_path / "unet.plan", compute_capabilities=("8.9",), shapes=SIZES)
+
+    def test_what_progress_raises_stops_the_builder(self, building: Any, tmp_path: Path) -> None:
+        def stop(label: str, part: float) -> None:
+            raise KeyboardInterrupt
+
+        write_denoiser(tmp_path)
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            building[0].build(tmp_path / DENOISE.model, tmp_path / "unet.plan", shapes=SIZES, progress=stop)
+        assert time.monotonic() - started < 5
+        assert not (tmp_path / "unet.plan").exists()
 
 
 def test_phases_tell_how_much_of_the_outermost_is_done_and_never_go_back() -> None:
