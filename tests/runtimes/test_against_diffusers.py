@@ -29,7 +29,19 @@ SCHEDULERS = {
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp-2m": ("DPMSolverMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpmpp-2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp-3m-sde:source=diffusers": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "sa-solver": ("SASolverScheduler", {}),
 }
+EARLY = ("ddim", "euler", "euler-ancestral", "dpmpp-2m")  # each with both spacings
 PROMPTS = ["a red shirt", "a cat and a very very very big dog of a photo"]
 
 
@@ -166,10 +178,18 @@ def assert_same_picture(pair: Pair, sampler: str, **arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler-ancestral", "dpmpp-2m"])
+@pytest.mark.parametrize("sampler", EARLY)
 def test_stable_diffusion(tmp_path: Path, sampler: str, spacing: str) -> None:
     pair = Pair(tmp_path / "bundle", spacing=spacing)
     assert_same_picture(pair, sampler, num_inference_steps=6, guidance_scale=5.0, negative_prompt=["blue", "dog"])
+
+
+def test_stable_diffusion_with_every_other_solver(tmp_path: Path) -> None:
+    """One pair of pipelines for all: how often the loop calls the network, and whose noise is drawn when."""
+    pair = Pair(tmp_path / "bundle")
+    for sampler in SCHEDULERS:
+        if sampler not in (*EARLY, "lcm"):
+            assert_same_picture(pair, sampler, num_inference_steps=4, guidance_scale=3.0)
 
 
 def test_stable_diffusion_with_v_prediction_and_several_images(tmp_path: Path) -> None:
