@@ -23,7 +23,7 @@ from edgediffusion.runtimes import Pipeline
 from edgediffusion.text import markdown_table
 
 PICTURES, STEPS, TURNS = 256, 20, 50
-SCALES, RESCALES = (3.0, 5.0, 8.0), (0.0, 0.7)
+SCALES, RESCALES = (3.0, 5.0), (0.0, 0.7)
 INTERVALS: tuple[tuple[float, float] | None, ...] = (None, (0.5, 10.0), (1.0, 5.0))
 
 
