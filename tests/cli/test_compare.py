@@ -62,7 +62,22 @@ def test_arguments_are_handed_on(pair: tuple[Bundle, Bundle], prompts: Path, mon
 
     monkeypatch.setattr(quality, "compare", stand_in)
     paths = [b.path for b in pair]
-    settings = ("--samples", 4, "--steps", 5, "--guidance-scale", 2, "--seed", 6, "--target", "onnx", "--judge", "fashion", "--cache", "fora")
+    settings = (
+        "--samples",
+        4,
+        "--steps",
+        5,
+        "--guidance-scale",
+        2,
+        "--seed",
+        6,
+        "--target",
+        "onnx",
+        "--judge",
+        "fashion",
+        "--cache",
+        "fora",
+    )
     result = run(*paths, "--prompts", prompts, *settings)
     assert "Warning: it was cut\n" in result.stderr
     assert asked.pop("judge").name == "fashion"
