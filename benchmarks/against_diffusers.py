@@ -17,29 +17,34 @@ from _report import REFERENCE, save
 
 from edgediffusion import text
 from edgediffusion.export import export
+from edgediffusion.export.schedule import scheduler_of
 from edgediffusion.runtimes import Pipeline, noise
 
 PROMPTS = ["a photo of a dark dress", "a photo of an ankle boot", "bag", "trousers"]
 SEED, GUIDANCE = 11, 5.0
+SOLVERS = (
+    "ddim,ddpm,euler,euler-ancestral,heun,dpm2,dpm2-ancestral,lms,dpmpp-2m,dpmpp-2m:order=3,dpmpp-2m-sde,"
+    "dpmpp-3m-sde:source=diffusers,deis,unipc,unipc:order=3,sa-solver"
+)
 CASES = (
-    ("fashion", "ddim", "DDIMScheduler", 20),
-    ("fashion", "euler", "EulerDiscreteScheduler", 20),
-    ("fashion", "euler-ancestral", "EulerAncestralDiscreteScheduler", 20),
-    ("fashion", "dpmpp-2m", "DPMSolverMultistepScheduler", 20),
-    ("fashion-lcm", "lcm", "LCMScheduler", 4),
-    ("fashion-dit", "flow-euler", "FlowMatchEulerDiscreteScheduler", 20),
+    *(("fashion", sampler, 20) for sampler in SOLVERS.split(",")),
+    ("fashion-lcm", "lcm", 4),
+    ("fashion-dit", "flow-euler", 20),
+    ("fashion-dit", "flow-heun", 20),
+    ("fashion-dit", "dpmpp-2m", 20),
+    ("fashion-dit", "unipc", 20),
 )
 
 
 def main() -> None:
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, sampler, scheduler, steps in CASES:
+        for name, sampler, steps in CASES:
             bundle = Path(folder) / name
             if not bundle.exists():
                 export(REFERENCE / name, bundle)
             ours = Pipeline.from_bundle(bundle)(PROMPTS, sampler=sampler, num_inference_steps=steps, guidance_scale=GUIDANCE, seed=SEED)
-            difference = np.abs(ours.pixels - _diffusers(name, scheduler, steps)).max() * 255
+            difference = np.abs(ours.pixels - _diffusers(name, sampler, steps)).max() * 255
             rows.append([name, sampler, steps, f"{difference:.4f}"])
     print(text.table(["pipeline", "sampler", "steps", "largest difference in 1/255"], rows))
     found = _noise_difference()
@@ -47,11 +52,11 @@ def main() -> None:
     save("against_diffusers", {"prompts": PROMPTS, "guidance_scale": GUIDANCE, "seed": SEED, "rows": rows, "noise_difference": found})
 
 
-def _diffusers(name: str, scheduler: str, steps: int) -> np.ndarray:
+def _diffusers(name: str, sampler: str, steps: int) -> np.ndarray:
     without = {"text_encoder_3": None, "tokenizer_3": None} if name == "fashion-dit" else {}  # diffusers wants to be told
     pipeline = diffusers.DiffusionPipeline.from_pretrained(REFERENCE / name, **without)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler_of(sampler, pipeline.scheduler.config)
     generator = torch.Generator().manual_seed(SEED)
     drawn = pipeline(PROMPTS, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator, output_type="np")
     images: np.ndarray = drawn.images
