@@ -20,6 +20,7 @@ from _report import save
 
 from edgediffusion.errors import ArgumentError
 from edgediffusion.profiles import judges
+from edgediffusion.profiles.bootstrap import Bootstrap
 from edgediffusion.profiles.quality import Quality, Reference
 from edgediffusion.runtimes import Pipeline
 from edgediffusion.runtimes.request import Request, plan
@@ -31,7 +32,7 @@ SAMPLERS = (
     "dpmpp-2m,dpmpp-2m:kind=heun,dpmpp-2m:order=3,dpmpp-2s,dpmpp-2m-sde,dpmpp-3m-sde,dpmpp-3m-sde:source=diffusers,"
     "deis,deis:order=3,unipc,unipc:order=3,unipc:kind=bh1,sa-solver,sa-solver:tau=0,flow-euler,flow-heun"
 )
-BATCH, GUIDANCE = 16, 3.0
+BATCH, GUIDANCE, RESAMPLES = 16, 3.0, 100
 
 
 def main() -> None:
@@ -47,7 +48,9 @@ def main() -> None:
     prompts = [judge.prompts[i % len(judge.prompts)] for i in range(options.pictures)]
     flow = pipeline.sampling.schedule.kind == "flow"
     limit = "flow-euler" if flow else "ddim"
-    reference = Reference(_draw(pipeline, prompts, limit, options.limit_steps, None), prompts=prompts, judge=judge)
+    reference = Reference(
+        _draw(pipeline, prompts, limit, options.limit_steps, None), prompts=prompts, judge=judge, bootstrap=Bootstrap(resamples=RESAMPLES)
+    )
     found: list[dict[str, Any]] = []
     for sampler in _names(options.samplers):
         if resolve(sampler)[1].KIND not in ("both", "flow" if flow else "diffusion"):
