@@ -32,13 +32,12 @@ from edgediffusion.cli._options import bundle_argument, engines_option, guidance
 @output_option("FOLDER", "The folder to write the pictures to; it must not exist.")
 @json_option
 def command(frames: Path, output: Path, similarity: float | None, as_json: bool, **options: Any) -> None:
-    """Draw over a stream of pictures, one call of BUNDLE's network a frame.
+    """Draw over frames, one call of the network each.
 
-    The bundle is of a consistency model, exported with --row-timesteps.
+    BUNDLE is of a consistency model, exported with --row-timesteps.
 
     \b
     Example:
-      edgediffusion export fashion-lcm -o bundle --row-timesteps
       edgediffusion stream bundle --frames camera --prompt "a coat" -o drawn
     """
     from edgediffusion.cli._progress import Progress

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the targets that engines can be built for, or what is known of the one called NAME.
+    """List the devices that are known, or what is known of one.
 
     NAME may also be a file that ends in .toml, or 'auto' for this machine. A figure with a '?' is one that no public page
     confirmed; docs/targets.md says how to write a target of your own.

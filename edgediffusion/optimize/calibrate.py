@@ -97,7 +97,7 @@ def state_of(
     """
     (component,) = _denoisers(bundle)
     every = [(item.step, item.feeds) for item in drawn.items]
-    items, last = without_last(every, len(drawn.record["counts"]), recipe.float_last)
+    items, last = without_last(every, len(drawn.record["counts"]) if recipe.float_last else 0, recipe.float_last)
     if source is None:
         layers = measure_graph(bundle, component, items, recipe, folder=folder, progress=progress)
         observer, versions = "onnxruntime", {"onnxruntime": find("runtimes.engines", "onnxruntime").version()}

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgediffusion.errors import BundleError
 from edgediffusion.optimize.parts import Parts
-from edgediffusion.runtimes.loop import Step
 from edgediffusion.runtimes.pipeline import Pipeline
 
 BATCH = 8  # trajectories at a time; another number would give each other noise
@@ -44,7 +42,7 @@ def collect(
     drawn again, and ``tell`` is told how many items they held; the others are added to them.
 
     Raises:
-        BundleError: the network is given or gives a number that is not finite; the message names the step.
+        EngineError: a graph gives a number that is not finite; the message names the graph and the step.
     """
     parts = parts or Parts(None)
     wanted = np.repeat(np.arange(len(counts)), counts)
@@ -72,24 +70,6 @@ def assign(prompts: Sequence[str], samples: int, seed: int, start: int = 0) -> l
     return [prompts[i % len(prompts)] for i in order[start : start + BATCH]]
 
 
-def check_finite(step: Step, feeds: Mapping[str, np.ndarray], prompts: Sequence[str]) -> None:
-    """Refuse a step at which the network was given, or gave, a number that is not finite.
-
-    Raises:
-        BundleError: names the step, the tensor and the prompt.
-    """
-    given = {f"its input '{name}'": array for name, array in feeds.items()}
-    for what, array in {**given, "its output": step.denoised}.items():
-        if not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
-            raise BundleError(
-                f"The denoiser meets numbers that are not finite (NaN or infinite) at step {step.index + 1} of {step.total}",
-                got=f"{what} at time step {step.timestep:g}, for the prompt '{prompts[row % len(prompts)]}'",
-                do="A float16 bundle can overflow: export it with --dtype fp32. If it is float32, its weights are damaged or "
-                "its guidance is too strong.",
-            )
-
-
 @dataclass(frozen=True)
 class _Batch:
     """Trajectories that are drawn together: for each its prompt and the step that its item is taken at."""
@@ -99,17 +79,14 @@ class _Batch:
 
     def draw(self, pipeline: Pipeline, steps: int, options: Mapping[str, Any], progress: Callable[[float], None]) -> list[Item]:
         found: dict[int, Item] = {}
-        fed: dict[str, np.ndarray] = {}
 
         def observe(step: int, feeds: Mapping[str, np.ndarray]) -> None:
-            fed.update(feeds)
             for row in map(int, np.flatnonzero(self.wanted == step)):
                 found[row] = Item(step, self.prompts[row], {name: _rows(array, row, len(self.prompts)) for name, array in feeds.items()})
 
         last = int(self.wanted.max())
         progress(0.0)
         for step in pipeline.steps(self.prompts, num_inference_steps=steps, observe=observe, **options):
-            check_finite(step, fed, self.prompts)
             progress((step.index + 1) / (last + 1))
             if step.index >= last:
                 break

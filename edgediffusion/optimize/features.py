@@ -29,7 +29,6 @@ from edgediffusion.bundle import Bundle, Component, TensorSpec
 from edgediffusion.errors import ArgumentError, UnknownName
 from edgediffusion.files import link_or_copy
 from edgediffusion.optimize.calibration import Features
-from edgediffusion.optimize.collect import check_finite
 from edgediffusion.registry import find
 from edgediffusion.runtimes.engines import NOT_SHARED, Binding, Session
 from edgediffusion.runtimes.graph import open_graphs
@@ -71,13 +70,11 @@ class Tap:
         """The features of one batch, one trajectory for each prompt; ``options`` as for ``Pipeline.steps``.
 
         Raises:
-            BundleError: the network's numbers are not finite.
+            EngineError: the network's numbers are not finite.
         """
         found = []
-        fed: dict[str, np.ndarray] = {}
-        for step in self.pipeline.steps(prompts, observe=lambda i, feeds: fed.update(feeds), **options):
+        for step in self.pipeline.steps(prompts, **options):
             progress("features", step.index / step.total)
-            check_finite(step, fed, prompts)
             found.append(_points(self._session.seen))
         progress("features", 1.0)
         return Features(self.cut, np.stack(found), progress)

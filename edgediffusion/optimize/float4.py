@@ -20,7 +20,6 @@ as in nvidia-modelopt 0.47 (``NVFP4QTensor``), to the bit. The blocks of activat
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 
 from edgediffusion.optimize.integers import E4M3_MAX, SMALLEST
@@ -89,6 +88,8 @@ def nvfp4_tensor_scale(amax: float) -> np.float32:
 
 def nvfp4_block_scales(weight: np.ndarray, tensor_scale: np.float32) -> np.ndarray:
     """b [out, in / 16] of a weight [out, in], as E4M3."""
+    import ml_dtypes  # comes with the extra "optimize", and calibrating begins before that is asked for
+
     amax = np.abs(weight.reshape(len(weight), -1, BLOCK)).max(2).astype(np.float32)
     wanted = amax / (np.float32(E2M1_MAX) * tensor_scale)
     wanted[wanted == 0] = 1  # ModelOpt's, for blocks of zeros

@@ -65,7 +65,7 @@ def draw_items(
 
     Raises:
         UnknownName: no such strategy or sampler. ArgumentError: samples, steps, prompts or options that cannot be used.
-        BundleError: the network's numbers are not finite. OutputError: the disk is full.
+        EngineError: the network's numbers are not finite. OutputError: the disk is full.
     """
     strategy = check_drawing(drawing, prompts)
     pipeline = Pipeline.from_bundle(bundle)

@@ -72,7 +72,7 @@ def test_export(library: Callable[..., Library], bundle: Bundle, flag: str, dtyp
     export = library("edgediffusion.export", "export")
     result = run("export", "source", "-o", "out", "--dtype", flag, "--opset", 20, "--weights", "copy")
     assert export.arguments == (Path("source"), Path("out"))
-    assert export.settings == {"dtype": dtype, "opset": 20, "weights": "copy"}
+    assert export.settings == {"dtype": dtype, "opset": 20, "weights": "copy", "cuts": (), "row_timesteps": False}
     assert result.stdout.startswith("out: text_encoder, unet; ")
     assert "working" in result.stderr
     answer = json.loads(run("export", "source", "-o", "out", "--json").stdout)
@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_bundle_is_refused(library: Callable[..., Library], 
         ("export", "source", "-o", "out", "--opset", "9"),
         ("calibrate", "bundle", "--source", "s", "-o", "o", "--samples", "0"),
         ("build", "bundle", "-o", "out"),
-        ("run", "bundle", "-o", "a.png"),
+        ("run", "bundle"),
         ("run", "bundle", "--prompt", "a", "-o", "a.png", "--seed", "-1"),
         ("profile", "bundle", "--runs", "none"),
     ],

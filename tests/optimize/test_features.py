@@ -9,7 +9,7 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 
-from edgediffusion.errors import ArgumentError, BundleError, UnknownName
+from edgediffusion.errors import ArgumentError, EngineError, UnknownName
 from edgediffusion.optimize.features import OUTPUT, default_cut, tapped, tensor_entering
 from edgediffusion.runtimes import Pipeline
 from tests.runtimes.tiny import DENOISE, ENCODE, write_bundle
@@ -222,5 +222,5 @@ def test_features_that_are_not_finite_are_refused_by_the_step(tmp_path, monkeypa
 
     monkeypatch.setattr("tests.runtimes.tiny.write_denoiser", write)
     made = write_bundle(tmp_path / "bundle", components=(ENCODE, replace(DENOISE)))
-    with tapped(made, made.component("unet"), None) as tap, pytest.raises(BundleError, match="step 1 of 2. Got: its output"):
+    with tapped(made, made.component("unet"), None) as tap, pytest.raises(EngineError, match="not finite in step 1 of 2"):
         tap.draw(["a cat"], progress=lambda label, part: None, num_inference_steps=2, seed=0)

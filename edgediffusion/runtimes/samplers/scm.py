@@ -20,7 +20,7 @@ from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.options import check_range
 from edgediffusion.runtimes.samplers import Denoise
-from edgediffusion.runtimes.schedules import NEARLY_ZERO, Points, alpha_bars, between_timesteps, check_steps, flow
+from edgediffusion.runtimes.schedules import NEARLY_ZERO, Point, Points, alpha_bars, between_timesteps, check_steps, flow
 
 ORDER = 0.0
 KIND = "both"
@@ -65,3 +65,8 @@ def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, option
         if i + 1 < len(points):
             x = to.alpha * x + to.sigma * noise.normal(x.shape)
         yield x
+
+
+def noise_terms(at: Point, to: Point, options: Options = DEFAULT) -> tuple[float, float]:
+    """s = sigma'; x_0 moves by -sigma / alpha for an error of epsilon of one, so c = -alpha' sigma / alpha."""
+    return to.sigma, -to.alpha * at.sigma / at.alpha
