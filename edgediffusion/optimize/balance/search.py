@@ -11,8 +11,8 @@ a = 0.1, 0.2, ..., 1. The first covers SmoothQuant's and AWQ's searches without 
 Weights of few bits are cut where that has the least squared error, and their step is not that of their largest value. To know that here
 changes nothing that could be measured (docs/quantization-methods.md).
 
-Factors cost a multiplication at run time. Where both sides have 8 bits or more, they are taken where they save an error of more than
-50 dB below the layers' outputs; below that every decibel counts.
+Factors cost a multiplication at run time. Where both sides have 8 bits or more, they are taken where they halve the error; below
+that every decibel counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from edgediffusion.optimize.balance import balanced, input_amax, weight_amax
 from edgediffusion.optimize.observed import Observed
 
-WORTH, EIGHT = 1e-5, 8
+WORTH, EIGHT = 0.5, 8
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def factors(layers: Sequence[Observed], bits: tuple[int, int]) -> np.ndarray:
 
     errors = [(error(f), f) for f in _candidates(layers)]
     (before, none), (least, best) = errors[0], min(errors, key=lambda pair: pair[0])
-    power = sum(float(layer.output.mean_square.sum()) for layer in layers)
-    return none if min(bits) >= EIGHT and before - least < WORTH * power else best
+    return none if min(bits) >= EIGHT and least > WORTH * before else best
 
 
 def expected_error(layer: Observed, f: np.ndarray, bits: tuple[int, int], sums: Sums | None = None) -> float:
