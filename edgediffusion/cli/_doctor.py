@@ -33,6 +33,7 @@ _PURPOSES = {
     "onnx-ir": "edits graphs without loading their weights",
     "onnxscript": "simplifies traced graphs",
     "nvidia-modelopt": "finds ranges for recipes that ask for its algorithms",
+    "ml-dtypes": "holds the numbers of few bits that NumPy lacks",
     "openvino": "runs bundles with OpenVINO on CPUs and GPUs",
     "tensorrt": "builds and runs engines on NVIDIA servers and Jetsons",
     "tensorrt-rtx-cu13": "builds and runs engines for GeForce RTX",
