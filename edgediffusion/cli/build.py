@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -44,18 +44,7 @@ if TYPE_CHECKING:
 )
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
-def command(
-    bundle: Path,
-    target: str,
-    precision: str | None,
-    shapes: str,
-    threads: int | None,
-    timing_cache: Path | None,
-    pick: str,
-    max_error: float,
-    output: Path,
-    as_json: bool,
-) -> None:
+def command(bundle: Path, output: Path, pick: str, as_json: bool, **options: Any) -> None:
     """Compile a BUNDLE's graphs into engines for a target.
 
     \b
@@ -71,18 +60,7 @@ def command(
     from edgediffusion.runtimes.build import build
 
     with Progress() as progress:
-        made = build(
-            Bundle.open(bundle),
-            output,
-            target=target,
-            threads=threads,
-            precision=precision,
-            shapes=shapes,
-            timing_cache=timing_cache,
-            pick=pick,
-            max_error=max_error,
-            progress=progress,
-        )
+        made = build(Bundle.open(bundle), output, pick=pick, progress=progress, **options)
     if pick == "measured" and not as_json:
         click.echo(_trials(made) + "\n")
     show_bundle(made, output, as_json=as_json)

@@ -33,7 +33,6 @@ def input_clips(
     if not bits:
         return {}
     errors = {name: np.zeros(len(CANDIDATES)) for name in bits}
-    modules = layers_of(module)
     counts = {name: output_importance(found[name], layers[name]) for name in bits}
 
     def hook(name: str) -> Callable[..., None]:
@@ -50,7 +49,19 @@ def input_clips(
 
         return record
 
-    handles = [modules[name].register_forward_hook(hook(name)) for name in bits]
+    watch_part(module, {name: hook(name) for name in bits}, items, progress)
+    return {name: CANDIDATES[int(error.argmin())] for name, error in errors.items()}
+
+
+def watch_part(
+    module: torch.nn.Module,
+    hooks: Mapping[str, Callable[..., None]],
+    items: Sequence[Mapping[str, np.ndarray]],
+    progress: Callable[[float], None],
+) -> None:
+    """Run the network on a spread part of the items, ``ITEMS`` of them, with a forward hook at each of the named layers."""
+    modules = layers_of(module)
+    handles = [modules[name].register_forward_hook(hook) for name, hook in hooks.items()]
     chosen = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, ITEMS).astype(int))]
     try:
         with torch.no_grad():
@@ -60,7 +71,6 @@ def input_clips(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: CANDIDATES[int(error.argmin())] for name, error in errors.items()}
 
 
 def output_importance(layer: Observed, state: LayerState) -> torch.Tensor:

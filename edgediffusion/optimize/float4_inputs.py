@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from edgediffusion.optimize.clip import CANDIDATES, ITEMS, output_importance
+from edgediffusion.optimize.clip import CANDIDATES, output_importance, watch_part
 from edgediffusion.optimize.float4 import MAGNITUDES, float4_scale
-from edgediffusion.optimize.observe import by_channel, layers_of, tensors
+from edgediffusion.optimize.observe import by_channel
 from edgediffusion.optimize.observed import Observed
 from edgediffusion.optimize.state import LayerState
 
@@ -31,7 +31,6 @@ def choose_input_formats(
     """
     clips = CANDIDATES if search else (1.0,)
     errors = {name: np.zeros((len(forms[name]), len(clips))) for name in forms}
-    modules = layers_of(module)
 
     def hook(name: str) -> Callable[..., None]:
         state, counts = states[name], output_importance(found[name], states[name])
@@ -47,16 +46,7 @@ def choose_input_formats(
 
         return record
 
-    handles = [modules[name].register_forward_hook(hook(name)) for name in forms]
-    chosen = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, ITEMS).astype(int))]
-    try:
-        with torch.no_grad():
-            for done, item in enumerate(chosen):
-                module(**tensors(item))
-                progress((done + 1) / len(chosen))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_part(module, {name: hook(name) for name in forms}, items, progress)
     return {name: _with(states[name], forms[name], clips, errors[name]) for name in forms}
 
 

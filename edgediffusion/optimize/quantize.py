@@ -57,21 +57,9 @@ def quantize(
         BundleError: the quantized graph gives numbers that are not finite; the message names the layer.
         OutputError: ``output`` exists or cannot be written.
     """
-    device = targets.load(target)
-    known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
-    job = _Job(known, recipe_for(known, recipe), load_placement(placement or device.placement))
-    check_formats(job.recipe, job.placement)
-    if job.placement.name == device.placement:
-        check_device(job.recipe, device)
-    chosen = bundle.with_role("denoise")
-    for component in chosen:
-        check_weights(bundle, component, job.state)
-    if sensitivity is not None:
-        report_of = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
-        wanted = {"recipe": job.recipe.name, "target": device.name, "placement": job.placement.name}
-        report_of.check(weights=known.weights, state=known.digest, **wanted)
-        job = replace(job, kept=report_of.kept)
-    cut_out = parts_of(bundle, chosen, stages=len(known.below) + 1)
+    device, chosen = targets.load(target), bundle.with_role("denoise")
+    job = _settle(bundle, state, recipe, device, placement, sensitivity)
+    cut_out = parts_of(bundle, chosen, stages=len(job.state.below) + 1)
     with files.new_folder(Path(output)) as folder:
         replaced = {component.model.rsplit("/", 1)[0] + "/" for component in (*chosen, *cut_out)}
         kept = [name for name in bundle.files if not name.startswith("engines/") and not _is_replaced(name, replaced)]
@@ -107,6 +95,30 @@ def quantize(
             known={name: bundle.files[name] for name in kept},
         )
     return Bundle.open(output, verify=False)
+
+
+def _settle(
+    bundle: Bundle,
+    state: str | Path | QuantizationState,
+    recipe: str | Recipe | None,
+    device: targets.Target,
+    placement: str | Placement | None,
+    sensitivity: str | Path | Sensitivity | None,
+) -> _Job:
+    """Everything loaded, and everything refused that can be refused without a graph; errors as in ``quantize``."""
+    known = state if isinstance(state, QuantizationState) else QuantizationState.load(state)
+    job = _Job(known, recipe_for(known, recipe), load_placement(placement or device.placement))
+    check_formats(job.recipe, job.placement)
+    if job.placement.name == device.placement:
+        check_device(job.recipe, device)
+    for component in bundle.with_role("denoise"):
+        check_weights(bundle, component, job.state)
+    if sensitivity is None:
+        return job
+    report = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
+    wanted = {"recipe": job.recipe.name, "target": device.name, "placement": job.placement.name}
+    report.check(weights=known.weights, state=known.digest, **wanted)
+    return replace(job, kept=report.kept)
 
 
 def recipe_for(state: QuantizationState, wanted: str | Recipe | None) -> Recipe:

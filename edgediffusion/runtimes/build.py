@@ -85,13 +85,7 @@ def build(
     asked = parse_sizes(shapes) if isinstance(shapes, str) and shapes else dict(shapes or {})
     given = {"precision": precision, "shapes": asked or None, "timing_cache": timing_cache}
     job = _Job(bundle, device, engines, given, {**usual_sizes(bundle), **asked}, asked, threads, max_error)
-    _check_place(device)
-    _check_options(job)
-    if pick == "order":
-        _check_version(device, engines[0])
-    for component in bundle.components:
-        _check_graph(job, component)
-    _check_axes(job)
+    _check(job, version=pick == "order")
     with files.new_folder(output) as folder:
         kept = [n for n in bundle.files if not n.startswith(f"{ENGINES}/{device.name}/")]
         for file in kept:
@@ -115,6 +109,17 @@ def build(
             known={n: bundle.files[n] for n in kept},
         )
     return Bundle.open(output)
+
+
+def _check(job: _Job, *, version: bool) -> None:
+    """Refuse all that can be refused before a folder is made; ``version`` also by that of the first engine's library."""
+    _check_place(job.target)
+    _check_options(job)
+    if version:
+        _check_version(job.target, job.engines[0])
+    for component in job.bundle.components:
+        _check_graph(job, component)
+    _check_axes(job)
 
 
 def _engine(name: str) -> Any:

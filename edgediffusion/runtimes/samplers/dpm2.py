@@ -29,16 +29,4 @@ def points(schedule: NoiseSchedule, steps: int) -> Points:
 
 
 def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise) -> Iterator[np.ndarray]:
-    """d is the derivative by s = sigma / alpha, the estimate of the noise; x_0 + s' d goes to s', see ``heun``."""
-    for i in range(0, len(points), 2):
-        at, middle = points.at[i], points.to[i]
-        x0 = denoise(x, i)
-        d = (x - at.alpha * x0) / at.sigma
-        x = middle.alpha * x0 + middle.sigma * d
-        yield x
-        if i + 1 == len(points):
-            return
-        to = points.to[i + 1]
-        change = (x - middle.alpha * denoise(x, i + 1)) / middle.sigma - d
-        x = to.alpha * x0 + to.sigma * d + (to.alpha * (to.ratio - at.ratio)) * change
-        yield x
+    return _two_calls.midpoint(denoise, x, points, noise, lambda at, to: (to.ratio, 0.0))

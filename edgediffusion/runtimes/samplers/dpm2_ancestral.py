@@ -26,17 +26,4 @@ def points(schedule: NoiseSchedule, steps: int) -> Points:
 
 
 def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise) -> Iterator[np.ndarray]:
-    """As ``dpm2`` down to s_down, then up to s' by noise of variance s_up^2; s = sigma / alpha."""
-    for i in range(0, len(points), 2):
-        at, middle = points.at[i], points.to[i]
-        x0 = denoise(x, i)
-        d = (x - at.alpha * x0) / at.sigma
-        x = middle.alpha * x0 + middle.sigma * d
-        yield x
-        if i + 1 == len(points):
-            return
-        to = points.to[i + 1]
-        s_down, s_up = down_up(at, to)
-        change = (x - middle.alpha * denoise(x, i + 1)) / middle.sigma - d
-        x = to.alpha * (x0 + s_down * d + (s_down - at.ratio) * change + s_up * noise.normal(x.shape))
-        yield x
+    return _two_calls.midpoint(denoise, x, points, noise, down_up)
