@@ -6,6 +6,7 @@ the starting noise beside ``torch.Generator().manual_seed``.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ CASES = (
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, sampler, steps in CASES:
