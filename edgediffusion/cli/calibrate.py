@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from edgediffusion.cli._errors import CANCELLED
-from edgediffusion.cli._options import bundle_argument, guidance_option, json_option, output_option, seed_option
+from edgediffusion.cli._options import bundle_argument, cache_option, guidance_option, json_option, output_option, seed_option
 from edgediffusion.registry import names
 
 
@@ -57,6 +57,7 @@ def _options(_context: click.Context, _parameter: click.Parameter, given: tuple[
     help="A text file with one prompt a line, '-' for standard input; by default prompts.txt in the source or the bundle.",
 )
 @guidance_option
+@cache_option
 @seed_option
 @output_option("STATE", "The folder to write; it must not exist.")
 @json_option

@@ -40,6 +40,7 @@ def calibrate(
     prompts: Sequence[str] | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
+    cache: str | None = None,
     recipe: str | Recipe = "int8",
     options: Mapping[str, object] | None = None,
     tell: Tell = lambda line: None,
@@ -47,12 +48,13 @@ def calibrate(
 ) -> QuantizationState:
     """Find the ranges of the denoiser's layers and write them to ``output``.
 
-    ``samples`` items are drawn with the sampler, steps and guidance of the deployment (by default the bundle's own),
-    at the steps that ``strategy`` chooses, a name with ``options``. ``source`` is the diffusers folder that the bundle was exported
-    from: with it, layers are observed by torch; without, by ONNX Runtime, which serves recipes that learn nothing. ``prompts``
-    are by default the lines of ``prompts.txt`` in the source, or in the bundle. A run that was stopped keeps its finished batches
-    beside ``output``; the same call goes on from them and ends in the same bytes. ``recipe`` is a name, the path of a TOML file, or
-    a Recipe: number formats, and the methods that find their parameters. ``tell`` gets sentences for a person, such as that it did.
+    ``samples`` items are drawn with the sampler, steps and guidance of the deployment (by default the bundle's own), and under the
+    caching policy ``cache`` that it will have, at the steps that ``strategy`` chooses, a name with ``options``. ``source`` is the
+    diffusers folder that the bundle was exported from: with it, layers are observed by torch; without, by ONNX Runtime, which serves
+    recipes that learn nothing. ``prompts`` are by default the lines of ``prompts.txt`` in the source, or in the bundle. A run that
+    was stopped keeps its finished batches beside ``output``; the same call goes on from them and ends in the same bytes. ``recipe``
+    is a name, the path of a TOML file, or a Recipe: number formats, and the methods that find their parameters. ``tell`` gets
+    sentences for a person, such as that it did.
 
     Raises:
         UnknownName: no such strategy, sampler or recipe. ArgumentError: samples, steps, prompts or options that cannot be used, the
@@ -67,7 +69,7 @@ def calibrate(
     if origin is None:
         check_graph_recipe(chosen)
     texts = list(prompts) if prompts is not None else read_prompts(bundle.path if source is None else Path(source))
-    drawing = Drawing(strategy, samples, steps, seed, guidance_scale, sampler, options or {})
+    drawing = Drawing(strategy, samples, steps, seed, guidance_scale, sampler, options or {}, cache)
     check_drawing(drawing, texts)  # before all weights are read for their hashes
     if origin is not None:
         _same_source(bundle, origin)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from edgediffusion.bundle import Bundle, Component
 from edgediffusion.optimize.parts import Parts
+from edgediffusion.runtimes import caching
+from edgediffusion.runtimes.network import Call, Joined, Network, Policy
 from edgediffusion.runtimes.pipeline import Pipeline
 
 BATCH = 8  # trajectories at a time; another number would give each other noise
@@ -31,6 +34,7 @@ def collect(
     seed: int,
     sampler: str | None = None,
     guidance_scale: float | None = None,
+    cache: str | None = None,
     parts: Parts | None = None,
     tell: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, float], None] = lambda label, part: None,
@@ -39,7 +43,8 @@ def collect(
 
     Every trajectory has its own prompt (cycled) and its own noise. Those whose items lie at like steps are drawn
     together, so that a batch can stop as soon as its last item is in hand. Batches that are among ``parts`` are not
-    drawn again, and ``tell`` is told how many items they held; the others are added to them.
+    drawn again, and ``tell`` is told how many items they held; the others are added to them. With ``cache``, a caching policy, the
+    trajectories are the ones that are drawn under it; items are taken at all of their calls, those answered in part from it too.
 
     Raises:
         EngineError: a graph gives a number that is not finite; the message names the graph and the step.
@@ -58,6 +63,8 @@ def collect(
     for start in _starts(wanted):
         if start not in items:
             options: dict[str, Any] = {"sampler": sampler, "guidance_scale": guidance_scale, "seed": seed + start}
+            if cache is not None:
+                options["cache"] = _Watched(caching.resolve(cache))
             items[start] = batches[start].draw(pipeline, len(counts), options, advance(start))
             parts.write(_name(start), _to_arrays(items[start]))
     progress("items", 1.0)
@@ -68,6 +75,26 @@ def assign(prompts: Sequence[str], samples: int, seed: int, start: int = 0) -> l
     """The prompts of the batch that begins at trajectory ``start`` of ``samples``."""
     order = np.random.default_rng(seed).permutation(samples)
     return [prompts[i % len(prompts)] for i in order[start : start + BATCH]]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A caching policy whose calls are all observed: what a shallow graph computes is calibrated at the steps that it runs at."""
+
+    policy: Policy
+
+    def components(self, bundle: Bundle) -> tuple[Component, ...]:
+        return self.policy.components(bundle)
+
+    def start(self, graphs: Joined, calls: int) -> Network:
+        network = self.policy.start(graphs, calls)
+
+        def ask(call: Call) -> np.ndarray:
+            graphs.feed(call)  # a policy that answers from memory alone feeds nothing
+            graphs.observed(call)
+            return network(replace(call, observe=None))
+
+        return ask
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from edgediffusion.optimize.calibration import Features, Strategy, find_strategy
 from edgediffusion.optimize.collect import BATCH, Item, assign, collect
 from edgediffusion.optimize.parts import Parts
 from edgediffusion.registry import find
+from edgediffusion.runtimes import caching
 from edgediffusion.runtimes.pipeline import Pipeline
 from edgediffusion.runtimes.samplers import resolve
 
@@ -29,7 +30,8 @@ _ALLOCATION = "allocation"
 class Drawing:
     """How items are drawn: ``samples`` trajectories of ``steps`` steps, one item from each, at the steps ``strategy`` chooses.
 
-    None stands for what the bundle recommends. ``options`` are fields of the strategy.
+    None stands for what the bundle recommends. ``options`` are fields of the strategy; ``cache`` is the caching policy under which
+    the pictures will be drawn, ``None`` for none.
     """
 
     strategy: str = "uniform"
@@ -39,6 +41,7 @@ class Drawing:
     guidance_scale: float | None = None
     sampler: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def draw_items(
     gets sentences for a person: steps that no item falls on, items that were there already.
 
     Raises:
-        UnknownName: no such strategy or sampler. ArgumentError: samples, steps, prompts or options that cannot be used.
+        UnknownName: no such strategy, sampler or caching policy. ArgumentError: samples, steps, prompts or options that cannot be used.
+        BundleError: the bundle lacks the cut that the policy needs.
         EngineError: the network's numbers are not finite. OutputError: the disk is full.
     """
     strategy = check_drawing(drawing, prompts)
@@ -81,7 +85,7 @@ def draw_items(
             f"There are fewer items than steps: {np.count_nonzero(counts == 0)} of {len(counts)} steps have none, and what "
             f"activations do there is not measured. Got: {job.drawing.samples} items. Give --samples {len(counts)} or more."
         )
-    found = collect(pipeline, prompts, counts, parts=parts, tell=tell, progress=progress, **job.options)
+    found = collect(pipeline, prompts, counts, cache=job.drawing.cache, parts=parts, tell=tell, progress=progress, **job.options)
     return Drawn(tuple(found), job.record(allocation))
 
 
@@ -138,6 +142,7 @@ class _Job:
             "sampler": self.drawing.sampler,
             "guidance_scale": self.drawing.guidance_scale,
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            **({} if self.drawing.cache is None else {"cache": self.drawing.cache}),
         }
 
 
@@ -145,7 +150,7 @@ def check_drawing(drawing: Drawing, prompts: Sequence[str]) -> Strategy:
     """Refuse what can be refused before anything is loaded; the strategy with its options.
 
     Raises:
-        UnknownName: no such strategy or sampler. ArgumentError: samples, steps, prompts or options that cannot be used.
+        UnknownName: no such strategy, sampler or caching policy. ArgumentError: samples, steps, prompts or options that cannot be used.
     """
     if drawing.samples < 1:
         raise ArgumentError("Calibration needs at least one item", got=drawing.samples, allowed="1 and more")
@@ -157,6 +162,7 @@ def check_drawing(drawing: Drawing, prompts: Sequence[str]) -> Strategy:
         )
     if drawing.sampler is not None:
         resolve(drawing.sampler)
+    caching.resolve(drawing.cache)
     return find_strategy(drawing.strategy, drawing.options)
 
 

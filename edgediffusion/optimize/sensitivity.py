@@ -198,7 +198,9 @@ def _items(
 ) -> tuple[list[Mapping[str, np.ndarray]], Mapping[str, Any]]:
     """Items that the calibration has not seen: drawn by its settings with the next seed."""
     made = job.state.calibration
-    drawing = Drawing("uniform", request.samples, len(made["counts"]), made["seed"] + 1, made["guidance_scale"], made["sampler"])
+    drawing = Drawing(
+        "uniform", request.samples, len(made["counts"]), made["seed"] + 1, made["guidance_scale"], made["sampler"], cache=made.get("cache")
+    )
     check_drawing(drawing, prompts)
     drawn = draw_items(job.bundle, prompts, drawing, progress=progress)
     return [item.feeds for item in drawn.items], drawn.record

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgediffusion.errors import ArgumentError, Cancelled, EngineError, OutputError, UnknownName
+from edgediffusion.errors import ArgumentError, BundleError, Cancelled, EngineError, OutputError, UnknownName
 from edgediffusion.optimize.collect import BATCH, collect
 from edgediffusion.optimize.items import Drawing, draw_items
 from edgediffusion.optimize.parts import Parts, beside
@@ -69,6 +69,40 @@ def test_an_item_is_what_was_fed_at_its_step_both_halves_of_the_guidance_batch(b
         assert (item.feeds["encoder_hidden_states"] == fed["encoder_hidden_states"][[row, row + 3]]).all()
         assert (item.feeds["timestep"] == fed["timestep"]).all()
     assert not (items[0].feeds["encoder_hidden_states"][0] == items[0].feeds["encoder_hidden_states"][1]).all()
+
+
+def test_under_a_cache_items_are_of_its_trajectories_and_of_all_calls(bundle):
+    settings = {"seed": 4, "guidance_scale": 3.0}
+    policy = "adaptive-diffusion:threshold=100,most=2"  # it cares for nothing but to compute every third call
+    items = collect(Pipeline.from_bundle(bundle), PROMPTS, np.full(8, 1), cache=policy, **settings)
+    prompts, computed = [item.prompt for item in items], set()
+    pipeline = Pipeline.from_bundle(bundle)
+    paths = {}
+    for cache in (policy, "none"):
+        watch = computed if cache == policy else set()
+        steps = pipeline.steps(prompts, num_inference_steps=8, cache=cache, observe=lambda i, f, watch=watch: watch.add(i), **settings)
+        paths[cache] = [step.latents.copy() for step in steps]
+    cached = [i for i in range(1, 8) if i not in computed]
+    assert cached
+    assert [item.step for item in items] == list(range(8))
+    plain = collect(Pipeline.from_bundle(bundle), PROMPTS, np.full(8, 1), **settings)
+    same = [np.array_equal(a.feeds["sample"], b.feeds["sample"]) for a, b in zip(items, plain, strict=True)]
+    first = min(cached)
+    assert all(same[: first + 1])  # no answer was reused before this call's
+    assert not any(same[first + 1 :])
+
+
+def test_the_record_says_under_which_cache(bundle):
+    drawing = Drawing("uniform", samples=2, steps=2)
+    assert "cache" not in draw_items(bundle, PROMPTS, drawing).record
+    assert draw_items(bundle, PROMPTS, replace(drawing, cache="none")).record["cache"] == "none"
+
+
+def test_a_cache_that_the_bundle_cannot_have_is_refused(bundle):
+    with pytest.raises(BundleError, match="has no cuts"):
+        draw_items(bundle, PROMPTS, Drawing("uniform", samples=2, steps=2, cache="deepcache"))
+    with pytest.raises(UnknownName, match="caching policy"):
+        draw_items(bundle, PROMPTS, Drawing("uniform", samples=2, steps=2, cache="deepcash"))
 
 
 def test_items_are_as_many_as_the_counts_say_and_every_prompt_has_its_turn(undisturbed):
