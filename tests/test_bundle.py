@@ -218,7 +218,7 @@ def test_the_size_of_an_axis_that_is_a_part_of_others(axis: str, size: int | Non
 
 def test_a_file_with_several_names_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    monkeypatch.setattr("edgediffusion.bundle.sha256", lambda file: read.append(file) or "0" * 64)
+    monkeypatch.setattr("edgediffusion.bundle.checks.sha256", lambda file: read.append(file) or "0" * 64)
     (folder / "unet" / "again.bin").hardlink_to(folder / "unet" / "model.onnx")
     bundle = Bundle.open(folder, verify=False)
     write(folder, family="x", components=bundle.components, sampling=None, history=())
