@@ -2,9 +2,9 @@
 
     python benchmarks/_stack_worker.py '{"kind": "diffusers", "source": FOLDER, "steps": 50, ...}'
 
-Each line of stdin is a JSON object with ``prompts`` and ``seeds``, one a picture, and perhaps ``file`` for the pixels; the line
-printed for it has the seconds and the process's peak of resident memory. ``kind`` is ``diffusers``, by torch as diffusers comes and
-with another package's cache where the row names one, or ``bundle``.
+Each line of stdin is a JSON object with ``prompts`` and ``seeds``, one a picture, and perhaps ``file`` for the pixels and ``steps``, if
+not as many as the row has; the line printed for it has the seconds and the process's peak of resident memory. ``kind`` is
+``diffusers``, by torch as diffusers comes and with another package's cache where the row names one, or ``bundle``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-Draw = Callable[[list[str], list[int]], np.ndarray]
+Draw = Callable[[list[str], list[int], int], np.ndarray]
 
 
 def _bundle(row: dict[str, Any]) -> Draw:
     from edgediffusion.runtimes import Pipeline
 
     pipeline = Pipeline.from_bundle(row["bundle"], target=row.get("target"), **({"cache": row["cache"]} if row.get("cache") else {}))
-    options = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"], "sampler": row.get("sampler")}
+    options = {"guidance_scale": row["guidance_scale"], "sampler": row.get("sampler")}
     if row.get("cache"):
         options["cache"] = row["cache"]
-    return lambda prompts, seeds: pipeline(prompts, seed=seeds, **options).pixels
+    return lambda prompts, seeds, steps: pipeline(prompts, seed=seeds, num_inference_steps=steps, **options).pixels
 
 
 def _diffusers(row: dict[str, Any]) -> Draw:
@@ -53,9 +53,9 @@ def _diffusers(row: dict[str, Any]) -> Draw:
         config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=row["threshold"])
         cache_dit.enable_cache(pipeline, cache_config=config)
 
-    def draw(prompts: list[str], seeds: list[int]) -> np.ndarray:
+    def draw(prompts: list[str], seeds: list[int], steps: int) -> np.ndarray:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        options = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+        options = {"num_inference_steps": steps, "guidance_scale": row["guidance_scale"]}
         pixels: np.ndarray = pipeline(prompts, generator=generators, output_type="np", **options).images
         return pixels
 
@@ -73,7 +73,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         started = time.perf_counter()
-        pixels = draw(asked["prompts"], asked["seeds"])
+        pixels = draw(asked["prompts"], asked["seeds"], asked.get("steps", row["steps"]))
         seconds = time.perf_counter() - started
         if "file" in asked:
             np.save(asked["file"], pixels)

@@ -108,10 +108,10 @@ class Worker:
             env=environment,
         )
 
-    def draw(self, prompts: list[str], seeds: list[int], file: Path | None = None) -> Row:
+    def draw(self, prompts: list[str], seeds: list[int], file: Path | None = None, **further: int) -> Row:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        asked = {"prompts": prompts, "seeds": seeds, **({"file": str(file)} if file else {})}
+        asked = {"prompts": prompts, "seeds": seeds, **({"file": str(file)} if file else {}), **further}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
