@@ -1,4 +1,4 @@
-"""The graphs of text encoders, role ``encode``: CLIP as Stable Diffusion uses it, CLIP with projection, T5."""
+"""The graphs of text encoders, role ``encode``: CLIP as Stable Diffusion uses it, and as SDXL does, CLIP with projection, T5."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ class ClipTextProjected(torch.nn.Module):
         """ids [b, tokens] to the hidden states before the last layer [b, tokens, width] and the text embedding [b, projection]."""
         found = self.network(input_ids, output_hidden_states=True)
         return found.hidden_states[-2], found.text_embeds
+
+
+class ClipHidden(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """ids [b, tokens] to what stands for the whole text [b, width], the last hidden states and those before each layer."""
+        found = self.network(input_ids, output_hidden_states=True)
+        whole = found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output
+        return whole, found.last_hidden_state, *found.hidden_states[:-1]
 
 
 class T5Text(torch.nn.Module):
@@ -74,6 +86,30 @@ def clip_projected(source: Source, suffix: str) -> Part:
             Tensor(f"clip_text_embeds{suffix}", (BATCH, config["projection_dim"])),
         ),
         tokenizer=f"tokenizer{suffix}",
+    )
+
+
+def clip_hidden(source: Source, suffix: str) -> Part:
+    """One of SDXL's two encoders, under the names that other tools expect: they take all hidden states, and pick the last but one.
+
+    The first one is a CLIPTextModel, the second one has a projection. Their states meet in one condition.
+    """
+    name = f"text_encoder{suffix}"
+    kind = source.require_class(name, ("CLIPTextModelWithProjection",) if suffix else ("CLIPTextModel",))
+    config = source.config(name)
+    tokens, layers = clip_tokens(source, name), config["num_hidden_layers"]
+    width = config["hidden_size"]
+    whole = ("text_embeds", config["projection_dim"]) if kind == "CLIPTextModelWithProjection" else ("pooler_output", width)
+    states = [Tensor(state, (BATCH, tokens, width)) for state in ("last_hidden_state", *(f"hidden_states.{k}" for k in range(layers)))]
+    return Part(
+        name=name,
+        role="encode",
+        network=name,
+        wrap=ClipHidden,
+        inputs=(Tensor("input_ids", (BATCH, tokens), "int64"),),
+        outputs=(Tensor(whole[0], (BATCH, whole[1])), *states),
+        tokenizer=f"tokenizer{suffix}",
+        feeds={states[-1].name: "encoder_hidden_states"},
     )
 
 

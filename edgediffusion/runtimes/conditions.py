@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from edgediffusion.bundle import Sampling
+from edgediffusion.bundle import Sampling, TensorSpec
 from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.runtimes.denoiser import guidance_embedding
 from edgediffusion.runtimes.request import Plan, Request
-from edgediffusion.runtimes.text_encoder import TextEncoder
+from edgediffusion.runtimes.text_encoder import Encoded, TextEncoder
 
-_LABELS, _EMBEDDED = "class_labels", "timestep_cond"
-_LOOP_INPUTS = ("sample", "timestep", _EMBEDDED)
+_LABELS, _EMBEDDED, _SCALE, _SIZES = "class_labels", "timestep_cond", "guidance", "time_ids"
+_LOOP_INPUTS = ("sample", "timestep", _EMBEDDED, _SCALE)
 
 
 class Conditions:
     """Arrays by the names of the denoiser's inputs: one row per image, or two with the unconditional ones first."""
 
-    def __init__(self, sampling: Sampling, denoiser: str, inputs: Iterable[str], encoders: Sequence[TextEncoder]):
+    def __init__(self, sampling: Sampling, denoiser: str, inputs: Sequence[TensorSpec], encoders: Sequence[TextEncoder]):
         """``denoiser`` is the name of the graph, for a person, and ``inputs`` all that the denoising graphs take.
 
         Raises:
-            BundleError: an input of the denoiser is given by two encoders.
+            BundleError: several encoders give an input, and side by side it is not as wide as it is taken.
         """
         self._sampling, self._denoiser, self._encoders = sampling, denoiser, tuple(encoders)
-        self._wanted = set(inputs) - set(_LOOP_INPUTS)
-        given = [name for encoder in self._encoders for name in encoder.names.values()]
-        if twice := {name for name in self._wanted if given.count(name) > 1}:
-            raise BundleError("Two encoders give the same condition", got=", ".join(sorted(twice)), do="Export the pipeline again.")
+        self._wanted = {spec.name for spec in inputs} - set(_LOOP_INPUTS)
+        for spec in inputs:
+            widths = [encoder.widths[spec.name] for encoder in self._encoders if spec.name in encoder.widths]
+            if len(widths) > 1 and sum(widths) != spec.shape[-1]:
+                raise BundleError(
+                    "Several encoders give one condition, and side by side it is not as wide as it is taken",
+                    got=f"{spec.name} of {' + '.join(map(str, widths))} numbers",
+                    allowed=str(spec.shape[-1]),
+                    do="Export the pipeline again.",
+                )
 
     def __call__(self, request: Request, plan: Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """What a request is fed with, and warnings.
@@ -39,6 +45,7 @@ class Conditions:
         """
         conditions, warnings = self._texts(request, plan)
         warnings += self._classes(plan, conditions)
+        self._sizes(plan, conditions)
         lacking = self._wanted - set(conditions)
         if _LABELS in lacking:
             raise ArgumentError("This network draws one class or another", do="Say which with class_labels.")
@@ -78,16 +85,20 @@ class Conditions:
         if request.prompt is None and self._encoders:
             raise ArgumentError("This network draws what a text says", do="Give a prompt; it may be an empty text.")
         texts = (*plan.negatives, *plan.prompts) if plan.classifier_free else plan.prompts
-        encoded = [encoder(text, weighted=request.prompt_weights) for text in texts for encoder in self._encoders]
-        gathered: dict[str, list[np.ndarray]] = {}
-        for item in encoded:
-            for name in self._wanted & set(item.conditions):
-                gathered.setdefault(name, []).append(item.conditions[name])
-        cut = dict.fromkeys(item.cut for item in encoded if item.cut)
+        encoded = [[encoder(text, weighted=request.prompt_weights) for encoder in self._encoders] for text in texts]
+        conditions = {name: np.concatenate([_side_by_side(name, row) for row in encoded]) for name in self._given()}
+        if plan.classifier_free and self._sampling.zero_unconditional and request.negative_prompt is None:
+            for rows in conditions.values():
+                rows[: plan.images] = 0
+        cut = dict.fromkeys(item.cut for row in encoded for item in row if item.cut)
         warnings = [f"The prompt is too long; this part of it was left out: '{text}'" for text in cut]
         if any(texts) and not self._encoders:
             warnings.append("The prompt has no effect: this network takes no text.")
-        return {name: np.concatenate(rows) for name, rows in gathered.items()}, tuple(warnings)
+        return conditions, tuple(warnings)
+
+    def _given(self) -> list[str]:
+        """The conditions that encoders give."""
+        return sorted({name for encoder in self._encoders for name in encoder.names.values() if name in self._wanted})
 
     def _classes(self, plan: Plan, conditions: dict[str, np.ndarray]) -> tuple[str, ...]:
         if _LABELS not in self._wanted:
@@ -99,8 +110,21 @@ class Conditions:
             conditions[_LABELS] = np.array([*([none] * plan.images if plan.classifier_free else []), *plan.labels], np.int64)
         return ()
 
+    def _sizes(self, plan: Plan, conditions: dict[str, np.ndarray]) -> None:
+        if _SIZES in self._wanted and plan.time_ids:
+            told, away = plan.time_ids
+            conditions[_SIZES] = np.array([*([away] * plan.images if plan.classifier_free else []), *([told] * plan.images)], np.float32)
+
     def _embedded(self, plan: Plan) -> dict[str, np.ndarray]:
         if self._sampling.guidance != "embedded":
             return {}
+        if not self._sampling.guidance_width:
+            return {_SCALE: np.full(plan.images, plan.guidance_scale, np.float32)}
         row = guidance_embedding(plan.guidance_scale - 1.0, self._sampling.guidance_width)
         return {_EMBEDDED: np.tile(row, (plan.images, 1))}
+
+
+def _side_by_side(name: str, encoded: Sequence[Encoded]) -> np.ndarray:
+    """A condition of one text, [1, ..., width]: what the encoders that give it say, one beside the other."""
+    found = [item.conditions[name] for item in encoded if name in item.conditions]
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=-1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgediffusion.bundle import Folded
 from edgediffusion.errors import ArgumentError
-from edgediffusion.runtimes.guidance import DynamicThreshold, Guidance
+from edgediffusion.runtimes.guidance import Guidance, Threshold
 from edgediffusion.runtimes.network import Call, Network
 from edgediffusion.runtimes.schedules import Point, Points
 
@@ -39,7 +39,7 @@ class Denoiser:
     conditions: Mapping[str, np.ndarray]
     guidance: Guidance | None = None
     conditional: Denoiser | None = None
-    threshold: DynamicThreshold | None = None
+    threshold: Threshold | None = None
     observe: Observe | None = None
     corrector: Corrector | None = None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.schedules import Point
+
+Threshold = Callable[[np.ndarray], np.ndarray]  # of an estimate of x_0, float32 [images, ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,18 @@ class DynamicThreshold:
         axes = tuple(range(1, x0.ndim))
         s = np.clip(np.quantile(np.abs(x0), self.quantile, axis=axes, keepdims=True), 1.0, self.most).astype(np.float32)
         within: np.ndarray = np.clip(x0, -s, s) / s
+        return within
+
+
+@dataclass(frozen=True)
+class Clip:
+    """x_0 kept within -``most``..``most``: diffusers' ``clip_sample``, for networks that draw pixels (Ho et al. 2020, 2006.11239)."""
+
+    most: float
+
+    def __call__(self, x0: np.ndarray) -> np.ndarray:
+        """float32 [images, ...] -> the same shape."""
+        within: np.ndarray = np.clip(x0, np.float32(-self.most), np.float32(self.most))
         return within
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edgediffusion.bundle import Bundle, Component
+from edgediffusion.bundle import Bundle, Component, TensorSpec
 from edgediffusion.errors import BundleError
 from edgediffusion.runtimes.engines import Binding
 from edgediffusion.runtimes.graph import Graph
@@ -120,11 +120,11 @@ class Graphs:
             self._graphs.update({graph.name: graph for graph in self._load(missing)})
         return tuple(self._graphs[c.name] for c in components)
 
-    def inputs(self, policy: Policy) -> tuple[str, ...]:
+    def inputs(self, policy: Policy) -> tuple[TensorSpec, ...]:
         """What the loop must feed: the inputs that no graph of the policy gives."""
         graphs = self.of(policy)
         given = {spec.name for graph in graphs for spec in graph.session.outputs}
-        return tuple(dict.fromkeys(spec.name for graph in graphs for spec in graph.session.inputs if spec.name not in given))
+        return tuple({spec.name: spec for graph in graphs for spec in graph.session.inputs if spec.name not in given}.values())
 
     def network(self, policy: Policy, shapes: Mapping[str, Sequence[int | str]], calls: int, *, aside: str = "") -> Network:
         """The network for one picture. One that is ``aside`` has buffers of that name, so that the picture's keep what they hold."""

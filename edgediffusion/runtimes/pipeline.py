@@ -14,7 +14,7 @@ import numpy as np
 
 from edgediffusion.bundle import Bundle, Component, Sampling
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
-from edgediffusion.runtimes import caching, correcting
+from edgediffusion.runtimes import caching, correcting, preflight
 from edgediffusion.runtimes import noise as noises
 from edgediffusion.runtimes.autoencoder import Autoencoder
 from edgediffusion.runtimes.calls import in_halves, with_channels
@@ -73,25 +73,37 @@ class Pipeline:
         self._denoise = self._graphs.of(self._policy)[0]
         self._channels = _channels(self._denoise, self.sampling)
         self._autoencoder = _autoencoder(bundle, self.sampling, graphs, load)
-        encoders = [TextEncoder(g, bundle.path) for g in graphs if g.component.role == "encode"]
-        self._conditions = Conditions(self.sampling, self._denoise.name, self._graphs.inputs(self._policy), encoders)
+        inputs = self._graphs.inputs(self._policy)
+        wanted = {spec.name for spec in inputs}
+        encoders = [TextEncoder(g, bundle.path, wanted=wanted) for g in graphs if g.component.role == "encode"]
+        self._conditions = Conditions(self.sampling, self._denoise.name, inputs, encoders)
 
     @classmethod
     def from_bundle(
-        cls, bundle: Bundle | str | Path, *, target: str | None = None, threads: int | None = None, cache: str | Policy | None = None
+        cls,
+        bundle: Bundle | str | Path,
+        *,
+        target: str | None = None,
+        threads: int | None = None,
+        cache: str | Policy | None = None,
+        rebuild: bool = False,
     ) -> Pipeline:
         """Load what drawing needs.
 
         ``target`` names the engines to run, ``onnx`` the ONNX files. By default that is the only target that engines
         were built for, or the ONNX files where none were. ``threads`` is by default all cores this process may use. ``cache``
         is a policy of ``runtimes.caching`` for requests that name none; what another one needs is loaded when it is asked for.
+        With ``rebuild``, engines that do not fit what is here are built anew first, and the bundle is replaced (``preflight.ready``).
 
         Raises:
             BundleError: no bundle, not one that can draw, or without the cut that the policy needs.
             EngineError: engines that do not fit this machine. ArgumentError: no engines for that target.
             MissingExtra: a library is not installed.
         """
-        if not isinstance(bundle, Bundle):
+        if rebuild:
+            path = bundle.path if isinstance(bundle, Bundle) else bundle
+            bundle = preflight.ready(path, target=target, rebuild=True, threads=threads)
+        elif not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         _sampling(bundle)  # refused before minutes of loading
         load = partial(open_components, bundle, target=target, threads=threads)

@@ -13,11 +13,12 @@ from edgediffusion.bundle import NoiseSchedule, Sampling
 from edgediffusion.errors import ArgumentError, UnknownName
 from edgediffusion.runtimes import caching, subject
 from edgediffusion.runtimes.denoiser import check_folded, check_predictable
-from edgediffusion.runtimes.guidance import DynamicThreshold, Guidance, dynamic_threshold, guidance
+from edgediffusion.runtimes.guidance import Clip, Guidance, Threshold, dynamic_threshold, guidance
 from edgediffusion.runtimes.network import Policy
 from edgediffusion.runtimes.painting import Painting, painting
 from edgediffusion.runtimes.samplers import Sampler, resolve
-from edgediffusion.runtimes.schedules import Points, respaced
+from edgediffusion.runtimes.schedules import Points, at_size, respaced
+from edgediffusion.runtimes.time_ids import time_ids, without_effect
 
 GUIDANCE_BATCHES = ("joint", "separate")
 
@@ -25,7 +26,7 @@ GUIDANCE_BATCHES = ("joint", "separate")
 class Options(TypedDict, total=False):
     """The optional fields of ``Request``, for the type checker."""
 
-    negative_prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None
     prompt_weights: bool
     class_labels: int | Sequence[int] | None
     image: Any
@@ -48,6 +49,14 @@ class Options(TypedDict, total=False):
     cache: str | Policy | None
     tile: int | None
     guidance_batch: str
+    original_size: Sequence[float] | None
+    crops_coords_top_left: Sequence[float] | None
+    target_size: Sequence[float] | None
+    negative_original_size: Sequence[float] | None
+    negative_crops_coords_top_left: Sequence[float] | None
+    negative_target_size: Sequence[float] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,12 @@ class Request:
     prompt. ``prompt_weights`` reads brackets as weights, see ``runtimes.prompt_weights``. ``image`` and ``mask_image`` are one
     picture for all prompts or one per prompt, see ``runtimes.images`` and ``runtimes.painting``; the size is then the picture's,
     unless ``height`` and ``width`` say otherwise. ``tile`` is the side in pixels of what the autoencoder sees at a time.
+    ``original_size`` and what is below it, down to the scores, is what some networks are told of sizes: see ``runtimes.time_ids``.
     ``guidance_batch`` is ``joint``, both rows of classifier-free guidance in one call, or ``separate``, which takes half the memory.
     """
 
     prompt: str | Sequence[str] | None = None
-    negative_prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] | None = None
     prompt_weights: bool = False
     class_labels: int | Sequence[int] | None = None
     image: Any = None
@@ -93,6 +103,14 @@ class Request:
     cache: str | Policy | None = None
     tile: int | None = None
     guidance_batch: str = "joint"
+    original_size: Sequence[float] | None = None
+    crops_coords_top_left: Sequence[float] | None = None
+    target_size: Sequence[float] | None = None
+    negative_original_size: Sequence[float] | None = None
+    negative_crops_coords_top_left: Sequence[float] | None = None
+    negative_target_size: Sequence[float] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,8 @@ class Plan:
     """One entry of ``prompts``, ``negatives`` and ``labels`` per image; ``latent_shape`` is [images, channels, height, width].
 
     ``labels`` are empty where none were given.
+
+    ``time_ids`` are a row of them, and the unconditional one; empty where the network takes none.
 
     ``points`` has an entry for each call of the network, of which some samplers make several a step. ``spacing`` is empty where
     it is the bundle's own.
@@ -118,10 +138,11 @@ class Plan:
     guidance_scale: float
     classifier_free: bool
     guidance: Guidance
-    threshold: DynamicThreshold | None
+    threshold: Threshold | None
     cache: Policy | None
     tile: int | None
     separate: bool
+    time_ids: tuple[tuple[float, ...], ...]
     warnings: tuple[str, ...]
 
     @property
@@ -138,16 +159,17 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     """
     name, sampler = resolve(request.sampler or sampling.sampler)
     steps, spacing = _steps(request, sampling)
-    schedule = respaced(sampling.schedule, spacing)
+    painted = painting(request.image, request.mask_image, request.strength)
+    height, width = subject.size(request, sampling, painted)
+    own = at_size(sampling.schedule, height, width)
+    schedule = respaced(own, spacing)
     walk = _points(sampler, schedule, steps)
     _refuse_other_timesteps(request, walk, name)
-    painted = painting(request.image, request.mask_image, request.strength)
     points = walk if painted is None else painted.points(walk, steps, name, sampler, is_flow=schedule.kind == "flow")
     check_predictable(sampling.prediction, points, name)
     check_folded(sampling.folded, points, steps, name)
     scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
     prompts, negatives = subject.texts(request)
-    height, width = subject.size(request, sampling, painted)
     subject.check_tile(request.tile, sampling)
     _check_guidance_batch(request.guidance_batch)
     return Plan(
@@ -160,18 +182,20 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         sampler=sampler,
         points=points,
         steps=steps,
-        spacing="" if schedule == sampling.schedule else schedule.spacing,
+        spacing="" if schedule == own else schedule.spacing,
         guidance_scale=scale,
         classifier_free=sampling.guidance == "classifier-free" and scale > 1,
         guidance=guidance(scale, rescale=request.guidance_rescale, interval=request.guidance_interval),
-        threshold=None if request.dynamic_threshold is None else dynamic_threshold(request.dynamic_threshold),
+        threshold=_threshold(request, sampling),
         cache=None if request.cache is None else caching.resolve(request.cache),
         tile=request.tile,
         separate=request.guidance_batch == "separate",
+        time_ids=time_ids(request, sampling, (height, width)),
         warnings=(
             *_warnings(request, sampling, scale),
-            *_unspaced(sampler, sampling, schedule, walk, steps),
+            *_unspaced(sampler, own, schedule, walk, steps),
             *_repainted(request, painted, (height, width)),
+            *without_effect(request, sampling),
         ),
     )
 
@@ -220,13 +244,9 @@ def _warnings(request: Request, sampling: Sampling, scale: float) -> tuple[str, 
     return tuple(found)
 
 
-def _unspaced(sampler: Sampler, sampling: Sampling, asked: NoiseSchedule, points: Points, steps: int) -> tuple[str, ...]:
-    """Some samplers have timesteps of their own, whatever the spacing."""
-    if (
-        asked == sampling.schedule
-        or asked.spacing.startswith(("timesteps", "sigmas"))
-        or points != sampler.points(sampling.schedule, steps)
-    ):
+def _unspaced(sampler: Sampler, own: NoiseSchedule, asked: NoiseSchedule, points: Points, steps: int) -> tuple[str, ...]:
+    """Some samplers have timesteps of their own, whatever the spacing. ``own`` is the bundle's schedule."""
+    if asked == own or asked.spacing.startswith(("timesteps", "sigmas")) or points != sampler.points(own, steps):
         return ()
     return (f"spacing {asked.spacing} has no effect: the sampler calls the network at the same points without it.",)
 
@@ -239,6 +259,12 @@ def _repainted(request: Request, painted: Painting | None, size: tuple[int, int]
         return ()
     before, after = (f"{height} x {width}" for height, width in (painted.size, size))
     return (f"The picture of {before} was resized to {after} (height x width).",)
+
+
+def _threshold(request: Request, sampling: Sampling) -> Threshold | None:
+    if request.dynamic_threshold is not None:
+        return dynamic_threshold(request.dynamic_threshold)
+    return None if sampling.clip is None else Clip(sampling.clip)
 
 
 def _check_guidance_batch(name: str) -> None:

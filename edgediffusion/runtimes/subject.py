@@ -24,7 +24,8 @@ def texts(request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise ArgumentError("The list of prompts is empty", do="Give at least one; it may be an empty text.")
     if request.num_images < 1:
         raise ArgumentError("The number of images per prompt cannot be used", got=request.num_images, allowed="1 and more")
-    negatives = (request.negative_prompt,) * len(prompts) if isinstance(request.negative_prompt, str) else tuple(request.negative_prompt)
+    negative = request.negative_prompt or ""
+    negatives = (negative,) * len(prompts) if isinstance(negative, str) else tuple(negative)
     if len(negatives) != len(prompts):
         raise ArgumentError("A list of negative prompts has one per prompt", got=f"{len(negatives)} for {len(prompts)} prompts")
     for what, given in (("pictures", request.image), ("masks", request.mask_image)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,11 @@ class TextEncoder:
     What texts became is kept for later pictures, up to ``CACHED_BYTES``; those that were not asked for the longest time go first.
     """
 
-    def __init__(self, graph: Graph, folder: Path):
+    def __init__(self, graph: Graph, folder: Path, *, wanted: Collection[str] | None = None):
+        """``wanted`` are the conditions that anybody takes; the others are not kept. All by default."""
         if graph.component.tokenizer is None:
             raise BundleError(f"The encoder '{graph.name}' has no tokenizer", do="Export the pipeline again.")
+        self._wanted = wanted
         self._graph, self._spec = graph, graph.component.tokenizer
         self._tokenize = TextTokenizer(self._spec, folder)
         self._known: dict[tuple[str, bool], Encoded] = {}
@@ -42,7 +44,14 @@ class TextEncoder:
     def names(self) -> Mapping[str, str]:
         """Name of the condition that each output becomes."""
         feeds = self._graph.component.feeds
-        return {spec.name: feeds.get(spec.name, spec.name) for spec in self._graph.session.outputs}
+        names = {spec.name: feeds.get(spec.name, spec.name) for spec in self._graph.session.outputs}
+        return {name: fed for name, fed in names.items() if self._wanted is None or fed in self._wanted}
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """How many numbers a row, or a token, of each condition has, where that is fixed."""
+        shapes = {spec.name: spec.shape for spec in self._graph.session.outputs}
+        return {fed: width for name, fed in self.names.items() if isinstance(width := shapes[name][-1], int)}
 
     def __call__(self, text: str, *, weighted: bool = False) -> Encoded:
         """What a text becomes; ``weighted`` reads the marks of ``prompt_weights`` in it.
@@ -64,8 +73,8 @@ class TextEncoder:
         binding = self._graph.bind({self._spec.input: tokens.ids.shape})
         binding.inputs[self._spec.input][...] = tokens.ids
         binding.run()
-        for array in binding.outputs.values():
-            require_finite(array, self._graph.name)
+        for name in self.names:
+            require_finite(binding.outputs[name], self._graph.name)
         return Encoded({fed: binding.outputs[name].copy() for name, fed in self.names.items()}, tokens.cut[0])
 
     def _weighted(self, text: str) -> Encoded:

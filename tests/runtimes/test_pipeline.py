@@ -329,7 +329,7 @@ class TestRefusals:
         second = replace(ENCODE, name="text_encoder_2")
         bundle = replace(fakes.bundle, components=(*fakes.bundle.components, second))
         sessions = {"text_encoder": fakes.encode, "text_encoder_2": fakes.encode, "unet": fakes.denoise, "vae_decoder": fakes.decode}
-        with pytest.raises(BundleError, match=r"Two encoders.*Got: encoder_hidden_states"):
+        with pytest.raises(BundleError, match=r"Several encoders.*Got: encoder_hidden_states of 6 . 6 numbers. Allowed: 6"):
             Pipeline(bundle, sessions)
 
     def test_a_bundle_that_cannot_draw(self, tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""A network as a module that takes tensors by the names that its graph's inputs shall have, however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, Signature
+from typing import Any
+
+import torch
+
+Call = Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], Any]
+
+
+class Named(torch.nn.Module):
+    """``call(network, tensors)``. torch.export reads the names of a graph's inputs off the signature of ``forward``."""
+
+    def __init__(self, network: torch.nn.Module, names: Iterable[str], call: Call):
+        super().__init__()
+        self.network = network
+
+        def forward(**tensors: torch.Tensor) -> Any:
+            return call(self.network, tensors)
+
+        forward.__signature__ = Signature([Parameter(name, Parameter.KEYWORD_ONLY) for name in names])  # type: ignore[attr-defined]
+        self.forward = forward
