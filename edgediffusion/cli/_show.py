@@ -58,7 +58,7 @@ def bundle_summary(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def show_bundle(bundle: Bundle, path: Path, *, as_json: bool) -> None:
-    """What a verb made: one line, or its summary as JSON."""
+def show_bundle(bundle: Bundle, path: Path, *, as_json: bool, **beside: Any) -> None:
+    """What a verb made: one line, or its summary as JSON, with what else is to be said ``beside``."""
     names = ", ".join(c.name for c in bundle.components)
-    show(bundle_summary(bundle), f"{path}: {names}; {size(bundle.size_bytes())}", as_json=as_json)
+    show({**bundle_summary(bundle), **beside}, f"{path}: {names}; {size(bundle.size_bytes())}", as_json=as_json)

@@ -14,8 +14,13 @@
     trace.py        a skeleton becomes an ONNX graph
     simplify.py     the graph made small, and free of the machine that made it
     group_norm.py   a node that CPU engines lack, written with nodes that they have
+    bfloat16.py     float32 at the doors of a graph that computes in bfloat16
+    kept.py         modules that stay in float32
+    lora.py, lora_names.py             LoRA files, and how they call a network's modules
     store.py        a safetensors file written one tensor at a time
-    weights.py      the graph's weights: linked, copied, or converted one tensor at a time
+    weights.py      the graph's weights: linked, copied, converted or changed some rows at a time
+    hashing.py      sha256 beside other work
+    estimate.py     what an export will read, write and need
     schedule.py     a diffusers scheduler as data
     pipeline.py     all of it, for a whole folder
     validate.py     how far a bundle is from its source
@@ -26,56 +31,103 @@ This file loads nothing heavy: the command line asks it for help texts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import new_folder
 from edgediffusion.registry import require
 
-DTYPES = ("float32", "float16")
+if TYPE_CHECKING:
+    from edgediffusion.export.estimate import Estimate
+
+DTYPES = ("float32", "float16", "bfloat16")
 OPSETS = range(18, 24)
 WEIGHTS = ("link", "copy")
 
 Progress = Callable[[str, float], None]
+Announce = Callable[["Estimate"], None]
+Lora = tuple[str | Path, float]  # a file, and the scale that it is fused with
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of ``export``, checked; ``link`` says whether weights are linked or copied."""
+
+    dtype: str
+    opset: int
+    link: bool
+    cuts: tuple[str, ...]
+    row_timesteps: bool
+    keep_float32: tuple[str, ...]
+    loras: tuple[Lora, ...]
 
 
 def export(
     source: str | Path,
     output: str | Path,
     *,
-    dtype: Literal["float32", "float16"] = "float32",
-    opset: int = 23,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    opset: int | None = None,
     weights: Literal["link", "copy"] = "link",
     cuts: Sequence[str] = (),
     row_timesteps: bool = False,
+    keep_float32: Sequence[str] = (),
+    loras: Sequence[Lora] = (),
+    target: str | None = None,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> Bundle:
     """Export a diffusers folder as a bundle; the networks are traced without ever loading their weights.
 
-    ``dtype`` is what the graphs compute in. Weights stay in the source's own safetensors files, which are linked or
-    copied into the bundle; where they are wider than ``dtype`` they are converted into a new file, one tensor at a
-    time. Weights that are narrower stay as they are, with a Cast node behind each. ``cuts`` are modules of the denoiser, such as
+    ``dtype`` is what the graphs compute in, except for the modules in ``keep_float32``: ``vae`` for a whole network,
+    ``vae.decoder.up_blocks.3`` for one of its modules. Weights stay in the source's own safetensors files, which are linked or
+    copied into the bundle; where they are wider than ``dtype`` they are converted into a new file, some rows at a
+    time. Weights that are narrower stay as they are, with a Cast node behind each. ``loras`` are fused: a LoRA's file and its scale
+    each; only weights that they change are written anew. ``cuts`` are modules of the denoiser, such as
     ``up_blocks.2.resnets.1`` or ``transformer_blocks.0``: for each the bundle has graphs of the denoiser's parts (docs/caching.md).
     With ``row_timesteps`` the rows of a call of the denoiser may be at different time steps, as those of a stream are (docs/streaming.md);
-    other tools expect one time step for all. ``progress`` is called with what is being done and the part of all that is done, 0 to 1.
+    other tools expect one time step for all. ``target`` is a device that the bundle shall be for: what it cannot hold is refused, and
+    ``opset`` is by default the newest one that it reads, at most 23. ``announce`` is called with an ``Estimate`` before the work,
+    ``progress`` with what is being done and the part of all that is done, 0 to 1.
 
     Raises:
-        SourceError: the source cannot be read as a pipeline that is known here; the message says what to do.
-        OutputError: ``output`` exists, or cannot be written. ArgumentError: an unknown dtype, opset, way to take weights or cut.
+        SourceError: the source cannot be read as a pipeline that is known here, or a LoRA does not fit it; the message says what to do.
+        OutputError: ``output`` exists, or cannot be written, or its disk has too little room.
+        ArgumentError: an unknown dtype, opset, way to take weights, module or cut, or a dtype that the target does not have.
         MissingExtra: a library of the extra ``export`` is not installed.
     """
+    opset = _opset(opset, dtype, target)
     for what, value, known in (("dtype", dtype, DTYPES), ("opset", opset, OPSETS), ("way to take weights", weights, WEIGHTS)):
         if value not in known:
             raise ArgumentError(f"No such {what}", got=repr(value), allowed=", ".join(map(str, known)))
+    settings = Settings(dtype, opset, weights == "link", tuple(cuts), row_timesteps, tuple(keep_float32), tuple(loras))
     with new_folder(Path(output)) as folder:
         for module in ("torch", "diffusers", "transformers", "onnxscript", "onnx_ir", "safetensors"):
             require(module, extra="export", purpose="Exporting a pipeline")
         from edgediffusion.export.pipeline import write_bundle
         from edgediffusion.export.source import Source
 
-        origin = Source.open(Path(source))
-        options = {"dtype": dtype, "opset": opset, "link": weights == "link", "cuts": tuple(cuts), "row_timesteps": row_timesteps}
-        write_bundle(origin, folder, **options, progress=progress)  # type: ignore[arg-type]
+        write_bundle(Source.open(Path(source)), folder, settings, progress=progress, announce=announce)
     return Bundle.open(output, verify=False)
+
+
+def _opset(opset: int | None, dtype: str, target: str | None) -> int:
+    """The opset to write; a target must have the dtype, and read the opset."""
+    newest = OPSETS[-1]
+    if target is None:
+        return newest if opset is None else opset
+    device = targets.load(target)
+    if dtype not in device.formats:
+        raise ArgumentError(f"The target '{device.name}' does not compute in {dtype}", allowed=", ".join(device.formats), do=_other(device))
+    if opset is not None and opset > device.opset:
+        raise ArgumentError(f"The target '{device.name}' reads older opsets", got=opset, allowed=f"{OPSETS[0]} to {device.opset}")
+    return min(newest, device.opset) if opset is None else opset
+
+
+def _other(device: targets.Target) -> str:
+    floats = [name for name in DTYPES if name in device.formats]
+    return f"Export in {' or '.join(floats)}." if floats else "Take another target."

@@ -44,7 +44,7 @@ class Checkpoint:
         """
         tensors: dict[str, Stored] = {}
         for file in _files(folder, stem):
-            tensors.update(_header(file))
+            tensors.update(read_header(file)[0])
         return cls(folder, tensors)
 
     @property
@@ -107,7 +107,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in sorted(names))
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file, and what its maker noted beside them.
+
+    Raises:
+        SourceError: the file is damaged, or has tensors of a type that is not known.
+    """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         start = stream.read(8)
@@ -116,14 +121,15 @@ def _header(file: Path) -> dict[str, Stored]:
             raise _damaged(file, f"a header of {length} bytes in a file of {size}")
         text = stream.read(length)
     try:
-        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        entries = dict(json.loads(text).items())
+        notes = dict(entries.pop("__metadata__", None) or {})
         tensors = {name: _stored(file, entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, f"{type(error).__name__} {error} in its header") from None
     needed = max((t.offset + t.bytes for t in tensors.values()), default=8 + length)
     if needed != size:
         raise _damaged(file, f"{size} bytes where its header says {needed}")
-    return tensors
+    return tensors, notes
 
 
 def _stored(file: Path, entry: Mapping[str, Any], base: int) -> Stored:

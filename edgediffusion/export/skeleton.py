@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 class Skeleton:
     """``shapes`` is of all that a checkpoint must hold; ``tied`` groups the names that are one tensor.
 
-    ``constants`` are the buffers that no checkpoint holds, with the values that the constructor computed.
+    ``constants`` are the buffers that no checkpoint holds, with the values that the constructor computed. ``dtype`` is that of
+    what the network takes and gives.
     """
 
     network: torch.nn.Module
@@ -25,12 +26,13 @@ class Skeleton:
     tied: tuple[frozenset[str], ...]
     constants: Mapping[str, torch.Tensor]
     prefix: str
+    dtype: torch.dtype
 
 
-def skeleton(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> Skeleton:
+def skeleton(build: Callable[[], torch.nn.Module], dtype: torch.dtype, kept: Sequence[str] = ()) -> Skeleton:
     """Build a network and take its weights out, as if it had been converted to ``dtype``.
 
-    Modules that the network itself says must stay in float32 do.
+    Modules that the network itself says must stay in float32 do, and those whose paths are in ``kept``.
     """
     with _no_parameters():
         network = build()
@@ -44,7 +46,7 @@ def skeleton(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> Skelet
         if name in stored:
             shapes[name] = tuple(tensor.shape)
             names[id(tensor)].add(name)
-        kind = _dtype(network, name, tensor.dtype, dtype)
+        kind = _dtype(network, name, tensor.dtype, dtype, kept)
         if id(tensor) not in made:
             with fake:
                 empty = torch.empty(tensor.shape, dtype=kind)
@@ -53,7 +55,7 @@ def skeleton(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> Skelet
             constants[name] = tensor.to(kind)
         place[name.rsplit(".", 1)[-1]] = made[id(tensor)]
     tied = tuple(frozenset(group) for group in names.values() if len(group) > 1)
-    return Skeleton(network, fake, shapes, tied, constants, getattr(network, "base_model_prefix", "") or "")
+    return Skeleton(network, fake, shapes, tied, constants, getattr(network, "base_model_prefix", "") or "", dtype)
 
 
 def _tensors(network: torch.nn.Module) -> list[tuple[str, torch.Tensor, dict[str, torch.Tensor | None]]]:
@@ -68,11 +70,12 @@ def _tensors(network: torch.nn.Module) -> list[tuple[str, torch.Tensor, dict[str
     return found
 
 
-def _dtype(network: torch.nn.Module, name: str, own: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+def _dtype(network: torch.nn.Module, name: str, own: torch.dtype, wanted: torch.dtype, kept: Sequence[str]) -> torch.dtype:
     if not own.is_floating_point:
         return own
-    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
-    return torch.float32 if any(part in kept for part in name.split(".")) else wanted
+    parts = getattr(network, "_keep_in_fp32_modules", None) or ()
+    wide = any(part in parts for part in name.split(".")) or any(name.startswith(f"{path}.") for path in kept)
+    return torch.float32 if wide else wanted
 
 
 @contextmanager

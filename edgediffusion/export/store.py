@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,11 @@ CODES = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written; ``values`` is called when its turn comes and gives its bytes in row-major order."""
+    """A tensor to be written; ``values`` is called when its turn comes and gives its bytes in row-major order, at once or in blocks."""
 
     dtype: ir.DataType
     shape: tuple[int, ...]
-    values: Callable[[], bytes]
+    values: Callable[[], bytes | Iterable[bytes]]
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Planned]) -> dict[str, Stored]:
@@ -54,6 +54,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Planned]) -> dict[str, Store
     with open(file, "wb") as out:
         out.write(struct.pack("<Q", len(header)) + header)
         for name in order:
-            out.write(tensors[name].values())
+            values = tensors[name].values()
+            out.writelines((values,) if isinstance(values, bytes) else values)
     base = 8 + len(header)
     return {n: Stored(file, CODES[t.dtype], t.shape, base + spans[n][0], spans[n][1] - spans[n][0]) for n, t in tensors.items()}
