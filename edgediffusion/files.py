@@ -6,12 +6,14 @@ behind is removed by the next one. A rename within one folder is atomic on every
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,17 +22,22 @@ from typing import Any
 from edgediffusion.errors import OutputError
 
 _PARTIAL = ".partial-"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    With ``replace`` there may be a folder already: who opens ``path`` finds that one or the new one, each of them whole, and who
+    has files of the old one open keeps them.
 
     Raises:
         OutputError: ``path`` exists, its parent cannot be written, or the disk is full.
     """
     path = Path(path)
-    _refuse_existing(path)
+    if not replace:
+        _refuse_existing(path)
     with _friendly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
@@ -43,8 +50,11 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in partial.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            _refuse_existing(path)
-            os.rename(partial, path)
+            if replace and path.is_dir():
+                _take_place(partial, path)
+            else:
+                _refuse_existing(path)
+                os.rename(partial, path)
             _sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +117,27 @@ def _refuse_existing(path: Path) -> None:
         raise OutputError(f"The output '{path}' exists already", do="Choose another name, or remove it first.")
 
 
+def _take_place(new: Path, old: Path) -> None:
+    """Swap two folders in one step where the system can (Linux), in two where it cannot; then the old one is removed."""
+    if not _exchange(new, old):
+        aside = old.with_name(f".{old.name}.before-{os.getpid()}")
+        os.rename(old, aside)
+        try:
+            os.rename(new, old)
+        except OSError:
+            os.rename(aside, old)
+            raise
+        new = aside
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it from 2.28 on, a file system need not
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
 def _sweep(path: Path) -> None:
     """Remove what killed runs with this destination left: their process ids are no longer alive."""
     for left in path.parent.glob(f".{glob.escape(path.stem)}*{_PARTIAL}*"):
@@ -142,6 +173,10 @@ def _friendly(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"The disk is full: '{path}' could not be written, and nothing of it was kept",
                 do="Free some space, or write to another disk.",
+            ) from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.exists():
+            raise OutputError(
+                f"The output '{path}' exists already: another process has written it meanwhile", do="Choose another name."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and str(path.parent) in str(error.filename or ""):
             raise OutputError(f"'{path}' cannot be written: {error.strerror}", do="Choose a folder you may write to.") from error

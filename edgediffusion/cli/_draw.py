@@ -8,7 +8,6 @@ from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
-from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, OutputError
 from edgediffusion.files import new_file
 from edgediffusion.registry import require
@@ -61,6 +60,7 @@ def draw(
     drawing: Drawing,
     *,
     target: str | None,
+    rebuild: bool = False,
     progress: Callable[[str, float], None],
     cache: str | None = None,
     images: Sequence[Path] = (),
@@ -77,15 +77,16 @@ def draw(
     require("PIL", extra="cpu", purpose="Writing a picture")
     from edgediffusion.runtimes import Pipeline
     from edgediffusion.runtimes.images import open_image
+    from edgediffusion.runtimes.preflight import ready
     from edgediffusion.runtimes.request import Request, plan
 
     progress("loading", 0.0)
-    opened = Bundle.open(bundle)
     options |= {"image": _single([open_image(file) for file in images]), "mask_image": _single([open_image(file) for file in masks])}
     options["class_labels"] = _single(class_labels)
     asked = prompts or None
-    if opened.sampling is not None:  # what cannot be drawn is refused before minutes of loading
-        plan(Request(asked, cache=cache, **{name: value for name, value in options.items() if name != "correction"}), opened.sampling)
+    request = Request(asked, cache=cache, **{name: value for name, value in options.items() if name != "correction"})
+    # What cannot be drawn, or not by these engines, is refused before minutes of loading.
+    opened = ready(bundle, target=target, rebuild=rebuild, plan=lambda facts: plan(request, facts), progress=progress)
     if asked is None and opened.with_role("encode"):
         raise ArgumentError("This bundle draws what a text says", do='Say it: --prompt "...".')
     pipeline = Pipeline.from_bundle(opened, target=target, cache=cache)

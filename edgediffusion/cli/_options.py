@@ -15,6 +15,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 engines_option = click.option("--target", default=None, help="Which of the bundle's engines to run: a target, 'auto', or 'onnx'.")
+rebuild_option = click.option(
+    "--rebuild", is_flag=True, help="Build engines that do not fit what is here anew first; the bundle is replaced by one with those."
+)
 source_option = click.option(
     "--source", required=True, type=click.Path(path_type=Path), help="The diffusers folder that the bundle was exported from."
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgediffusion.cli._engines import opened
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import new_folder
 
@@ -32,6 +33,7 @@ def draw_stream(
     prompt: str,
     similarity: float | None,
     target: str | None,
+    rebuild: bool,
     progress: Callable[[str, float], None],
     **options: Any,
 ) -> Streamed:
@@ -47,7 +49,7 @@ def draw_stream(
 
     found = _frames(frames)
     with new_folder(output) as folder:
-        pipeline = Pipeline.from_bundle(bundle, target=target)
+        pipeline = Pipeline.from_bundle(opened(bundle, target=target, rebuild=rebuild, progress=progress), target=target)
         alike = None if similarity is None else SimilarityFilter(similarity, seed=options["seed"])
         stream = Stream(pipeline, prompt, similarity=alike, **options)
 

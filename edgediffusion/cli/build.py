@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,16 @@ if TYPE_CHECKING:
     show_default=True,
     help="How far off, relative to the ONNX file, the outputs of an engine that is picked by measuring may be.",
 )
+@click.option(
+    "--reuse",
+    metavar="BUNDLE",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="An earlier output of build: engines of it that would come out the same are taken as they are.",
+)
 @output_option("BUNDLE", "The folder to write; it must not exist.")
 @json_option
-def command(bundle: Path, output: Path, pick: str, as_json: bool, **options: Any) -> None:
+def command(bundle: Path, output: Path, target: str, pick: str, reuse: Path | None, as_json: bool, **options: Any) -> None:
     """Compile a BUNDLE's graphs into engines for a target.
 
     \b
@@ -53,17 +61,29 @@ def command(bundle: Path, output: Path, pick: str, as_json: bool, **options: Any
       edgediffusion build bundle --target openvino-cpu --precision bfloat16 -o bundle-openvino
       edgediffusion build bundle --target auto --pick measured -o bundle-here
       edgediffusion build bundle --target rtx-4090 --shapes batch=1:2:4,height=64,width=64 -o bundle-rtx
+      edgediffusion build bundle-2 --target rtx-4090 --reuse bundle-rtx -o bundle-2-rtx
     """
+    from edgediffusion import targets
     from edgediffusion.bundle import Bundle
     from edgediffusion.cli._progress import Progress
     from edgediffusion.cli._show import show_bundle
     from edgediffusion.runtimes.build import build
 
+    replaced = f"engines/{targets.load(target).name}/"  # may be damaged: that is a reason to build
+    source = Bundle.open(bundle, skip=replaced)
+    earlier = None if reuse is None else Bundle.open(reuse, skip=replaced)  # what is taken of them is checked then
     with Progress() as progress:
-        made = build(Bundle.open(bundle), output, pick=pick, progress=progress, **options)
+        made = build(source, output, target=target, pick=pick, reuse=earlier, progress=progress, **options)
+    if reuse is not None and not as_json:
+        taken = made.history[-1].arguments.get("reused", ())
+        click.echo(f"Taken from {reuse}: {', '.join(taken) or 'nothing'}; built: {_others(made, taken) or 'nothing'}")
     if pick == "measured" and not as_json:
         click.echo(_trials(made) + "\n")
     show_bundle(made, output, as_json=as_json)
+
+
+def _others(made: Bundle, taken: Collection[str]) -> str:
+    return ", ".join(c.name for c in made.components if c.name not in taken)
 
 
 def _trials(made: Bundle) -> str:

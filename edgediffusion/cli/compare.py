@@ -12,6 +12,7 @@ from edgediffusion.cli._options import (
     engines_option,
     guidance_option,
     json_option,
+    rebuild_option,
     seed_option,
     steps_option,
 )
@@ -32,8 +33,11 @@ from edgediffusion.cli._options import (
 @cache_option
 @seed_option
 @engines_option
+@rebuild_option
 @json_option
-def command(bundle: Path, reference: Path, prompts: Iterable[str] | None, judge: str | None, as_json: bool, **settings: Any) -> None:
+def command(
+    bundle: Path, reference: Path, prompts: Iterable[str] | None, judge: str | None, rebuild: bool, as_json: bool, **settings: Any
+) -> None:
     """Compare the pictures of a BUNDLE with those of a REFERENCE.
 
     Both draw the same prompts from the same noise. Tells how near their pictures are to each other and, with a judge, how
@@ -45,7 +49,7 @@ def command(bundle: Path, reference: Path, prompts: Iterable[str] | None, judge:
       edgediffusion compare bundle-int8 bundle --judge fashion --samples 512
       edgediffusion compare bundle bundle --cache deepcache:interval=3 --prompts prompts.txt
     """
-    from edgediffusion.bundle import Bundle
+    from edgediffusion.cli._engines import opened
     from edgediffusion.cli._progress import Progress
     from edgediffusion.cli._prompts import read_prompts
     from edgediffusion.cli._show import show
@@ -54,9 +58,9 @@ def command(bundle: Path, reference: Path, prompts: Iterable[str] | None, judge:
     from edgediffusion.profiles.quality_table import quality_table
 
     lines = None if prompts is None else read_prompts(prompts)
-    pair = Bundle.open(bundle), Bundle.open(reference)
     loaded = None if judge is None else judges.load(judge)
     with Progress() as progress:
+        pair = [opened(path, target=settings["target"], rebuild=rebuild, progress=progress) for path in (bundle, reference)]
         quality = compare(*pair, prompts=lines, judge=loaded, progress=progress, **settings)
     for warning in () if quality.run is None else quality.run.warnings:
         click.echo(f"Warning: {warning}", err=True)

@@ -13,6 +13,7 @@ from edgediffusion.cli._options import (
     json_option,
     numbers,
     output_option,
+    rebuild_option,
     seed_option,
 )
 from edgediffusion.registry import names
@@ -67,6 +68,7 @@ _PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @cache_option
 @seed_option
 @engines_option
+@rebuild_option
 @output_option("IMAGE", "The picture to write: .png, .jpg or .webp.")
 @click.option("--force", is_flag=True, help="Replace pictures that exist.")
 @json_option

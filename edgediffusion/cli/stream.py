@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
-from edgediffusion.cli._options import bundle_argument, engines_option, guidance_option, json_option, output_option, seed_option
+from edgediffusion.cli._options import (
+    bundle_argument,
+    engines_option,
+    guidance_option,
+    json_option,
+    output_option,
+    rebuild_option,
+    seed_option,
+)
 
 
 @click.command()
@@ -29,6 +37,7 @@ from edgediffusion.cli._options import bundle_argument, engines_option, guidance
 )
 @seed_option
 @engines_option
+@rebuild_option
 @output_option("FOLDER", "The folder to write the pictures to; it must not exist.")
 @json_option
 def command(frames: Path, output: Path, similarity: float | None, as_json: bool, **options: Any) -> None:

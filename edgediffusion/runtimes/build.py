@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from edgediffusion.runtimes import pick as picking
 from edgediffusion.runtimes.engine_manifest import ENGINES, FILE, EngineManifest
 from edgediffusion.runtimes.onnx_header import read_header
 from edgediffusion.runtimes.pick import MAX_ERROR, Trial
+from edgediffusion.runtimes.reuse import Earlier, Wanted
 from edgediffusion.runtimes.sizes import Sizes, axes_of, parse_sizes, range_of, usual_sizes
 from edgediffusion.targets import Target
 
@@ -36,6 +38,8 @@ class _Job:
     asked: Sizes
     threads: int | None
     max_error: float
+    earlier: Earlier | None = None
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class _Made:
     engine: str
     precision: str = ""
     trials: tuple[Trial, ...] = ()
+    reused: bool = False
 
 
 def build(
@@ -59,6 +64,8 @@ def build(
     timing_cache: Path | None = None,
     pick: str = "order",
     max_error: float = MAX_ERROR,
+    reuse: Bundle | None = None,
+    replace: bool = False,
     progress: Progress = lambda label, part: None,
 ) -> Bundle:
     """Make an engine of every component for ``target``; returns the new bundle, which holds the graphs as well.
@@ -70,9 +77,13 @@ def build(
     has the engine and precision that were the fastest here of those whose outputs are off by at most ``max_error`` (see ``pick.py``),
     and the table is kept in ``engine.json``.
 
+    ``reuse`` is an earlier bundle with engines for the target: those that would come out the same (``reuse.py``) are taken as they are,
+    and the history names them. With ``replace`` there may be a bundle at ``output``, ``bundle`` itself too; it is there until the new one
+    is whole, and then the new one is in its place.
+
     Raises:
         UnknownName: there is no such target.
-        ArgumentError: an option that the target's engine does not have, shapes that no component has, no such ``pick``.
+        ArgumentError: an option that the target's engine does not have, shapes that no component has, no such ``pick``; nothing to reuse.
         MissingExtra, EngineError: the engine library is absent or of a version that the target does not take, the target cannot run a
         graph's number formats or opset, its engines are not built on a machine like this, or the library refused a component (which
         is named).
@@ -84,31 +95,58 @@ def build(
     engines = device.engines if pick == "measured" else device.engines[:1]
     asked = parse_sizes(shapes) if isinstance(shapes, str) and shapes else dict(shapes or {})
     given = {"precision": precision, "shapes": asked or None, "timing_cache": timing_cache}
-    job = _Job(bundle, device, engines, given, {**usual_sizes(bundle), **asked}, asked, threads, max_error)
+    shapes = {**usual_sizes(bundle), **asked}
+    job = _Job(bundle, device, engines, given, shapes, asked, threads, max_error)
     _check(job, version=pick == "order")
-    with files.new_folder(output) as folder:
-        kept = [n for n in bundle.files if not n.startswith(f"{ENGINES}/{device.name}/")]
-        for file in kept:
-            link_or_copy(bundle.path / file, folder / file)
-        place = folder / ENGINES / device.name
-        place.mkdir(parents=True)
-        make = _picked if pick == "measured" else _first
-        total = len(bundle.components)
-        built = {c.name: make(job, c, place, _part_of(progress, at, total)) for at, c in enumerate(bundle.components)}
-        progress("done", 1.0)
-        manifest = _manifest(job, built)
-        (place / FILE).write_text(manifest.to_json(), encoding="utf-8")
-        said = {**given, "pick": None if pick == "order" else pick, "timing_cache": None}
-        arguments = {"target": device.name, **{key: _plain(value) for key, value in said.items() if value}}
-        write(
-            folder,
-            family=bundle.family,
-            components=bundle.components,
-            sampling=bundle.sampling,
-            history=(*bundle.history, Verb("build", arguments, {"edgediffusion": __version__, **manifest.versions()})),
-            known={n: bundle.files[n] for n in kept},
-        )
+    if reuse is not None:
+        gpu = device.compute_capability if any("compute_capabilities" in _takes(name) for name in engines) else ""
+        wanted = Wanted(bundle, engines, precision, shapes, gpu, pick == "measured", max_error)
+        job = dataclasses.replace(job, earlier=Earlier.of(reuse, device.name, required=reuse is not bundle), wanted=wanted)
+    with files.new_folder(output, replace=replace) as folder:
+        _write(job, folder, _picked if pick == "measured" else _first, progress)
     return Bundle.open(output)
+
+
+def _write(job: _Job, folder: Path, make: Callable[[_Job, Component, Path, Progress], _Made], progress: Progress) -> None:
+    """The whole new bundle: the graphs, the engines, what they are, and what was done."""
+    bundle, target = job.bundle, job.target.name
+    kept = [n for n in bundle.files if not n.startswith(f"{ENGINES}/{target}/")]
+    for file in kept:
+        link_or_copy(bundle.path / file, folder / file)
+    place = folder / ENGINES / target
+    place.mkdir(parents=True)
+    built = {}
+    for at, component in enumerate(bundle.components):
+        part = _part_of(progress, at, len(bundle.components))
+        built[component.name] = _reused(job, component, place, part) or make(job, component, place, part)
+    progress("done", 1.0)
+    manifest = _manifest(job, built)
+    (place / FILE).write_text(manifest.to_json(), encoding="utf-8")
+    history = (*bundle.history, Verb("build", _arguments(job, make, built), {"edgediffusion": __version__, **manifest.versions()}))
+    known = {n: bundle.files[n] for n in kept}
+    write(folder, family=bundle.family, components=bundle.components, sampling=bundle.sampling, history=history, known=known)
+
+
+def _arguments(job: _Job, make: object, built: Mapping[str, _Made]) -> dict[str, Any]:
+    """What the history keeps: what was asked for, and what was taken from an earlier build."""
+    measured = make is _picked
+    said = {
+        **job.given,
+        "timing_cache": None,
+        "pick": "measured" if measured else None,
+        "max_error": job.max_error if measured and job.max_error != MAX_ERROR else None,
+        "reused": [name for name, made in built.items() if made.reused],
+    }
+    return {"target": job.target.name, **{key: _plain(value) for key, value in said.items() if value}}
+
+
+def _reused(job: _Job, component: Component, place: Path, progress: Progress) -> _Made | None:
+    if job.earlier is None or job.wanted is None or not job.earlier.fits(component, job.wanted):
+        return None
+    progress(f"{component.name}: taken from the earlier build", 0.0)
+    engine, precision = job.earlier.engine(component.name)
+    trials = tuple(Trial(**trial) for trial in job.earlier.trials(component.name))
+    return _Made(job.earlier.take(component.name, place), engine, precision, trials, reused=True)
 
 
 def _check(job: _Job, *, version: bool) -> None:
@@ -261,7 +299,7 @@ def _manifest(job: _Job, built: Mapping[str, _Made]) -> EngineManifest:
     """The manifest's engine is the denoiser's; a component that another one serves says so itself."""
     denoisers = [c.name for c in job.bundle.with_role("denoise")]
     main = built[(denoisers or list(built))[0]]
-    ranged = "compute_capabilities" in _takes(main.engine) or job.target.device == "npu"
+    ranged = {"compute_capabilities", "shapes"} <= set(_takes(main.engine)) or job.target.device == "npu"
     shapes = {
         name: {
             axis: (r.smallest, r.usual, r.largest)

@@ -1,15 +1,17 @@
 """``engines/<target>/engine.json``: what a bundle's engines were built from, with what, and for which machine.
 
     {"engine": "onnxruntime", "version": "1.31.1", "os": "linux", "arch": "x86_64", "cpu": ["avx2", "avx512f"],
-     "compute_capability": "", "precision": "", "state": "",
-     "components": {"unet": {"file": "unet.optimized.onnx", "model_sha256": "...", "shapes": {"batch": [1, 2, 4]}}}}
+     "compute_capability": "", "driver": "", "precision": "", "state": "",
+     "components": {"unet": {"file": "unet.optimized.onnx", "model_sha256": "...", "weights_sha256": "...",
+                             "shapes": {"batch": [1, 2, 4]}}}}
 
-An engine fits the library version, operating system and processor, or GPU, that it was built with or for, and the ONNX file that it
-was built from. ``check`` refuses any other before a library sees it: some would crash on it, some would draw rubbish.
+An engine fits the library version, operating system and processor, or GPU and driver, that it was built with or for, and the graph and
+weights that it was built from. ``check`` refuses any other before a library sees it: some would crash on it, some would draw rubbish.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -19,10 +21,9 @@ from types import MappingProxyType
 from typing import Any
 
 from edgediffusion import targets
-from edgediffusion.bundle import Bundle
-from edgediffusion.errors import ArgumentError, BundleError, EngineError
+from edgediffusion.bundle import Bundle, Component
+from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.files import dump_json
-from edgediffusion.registry import find
 
 ENGINES = "engines"
 FILE = "engine.json"
@@ -30,14 +31,6 @@ ONNX = "onnx"  # the name, in place of a target's, of the ONNX files themselves
 
 # Instruction sets that CPU libraries choose memory layouts and kernels by.
 _CPU_FEATURES = ("asimddp", "avx", "avx2", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "amx_int8", "i8mm", "sve")
-
-
-_WORDS = {
-    "os": "operating system",
-    "arch": "architecture",
-    "cpu": "processor",
-    "gpu": "compute capability",
-}
 _NONE: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType({})
 
 
@@ -52,22 +45,24 @@ class Host:
 
 @dataclass(frozen=True)
 class BuiltComponent:
-    """``file`` is relative to the folder of ``engine.json``; the hash is that of the ONNX file it was built from. ``shapes`` are the
-    smallest, usual and largest sizes of the axes for which the engine has a range; others may have any size. ``engine`` and ``version``
-    are empty where they are the manifest's."""
+    """``file`` is relative to the folder of ``engine.json``; the hashes are those of the ONNX file it was built from and of that one's
+    weights (``weights_digest``). ``shapes`` are the smallest, usual and largest sizes of the axes for which the engine has a range; others
+    may have any size. ``engine`` and ``version`` are empty where they are the manifest's."""
 
     file: str
     model_sha256: str
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     engine: str = ""
     version: str = ""
+    weights_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class EngineManifest:
-    """``compute_capability`` is that of the GPU it is for, and then the processor does not matter; ``precision`` what float layers are
-    computed in, where that was asked for; ``state`` the digest of the quantization state that the graphs were made with. ``trials`` is the
-    table by which engines were picked, where they were measured (``pick.Trial``)."""
+    """``compute_capability`` is that of the GPU it is for, and then the processor does not matter; ``driver`` that GPU's where it was built
+    on one, and older ones may not run it; ``precision`` what float layers are computed in, where that was asked for; ``state`` the digest
+    of the quantization state that the graphs were made with. ``trials`` is the table by which engines were picked, where they were
+    measured (``pick.Trial``)."""
 
     engine: str
     version: str
@@ -79,6 +74,7 @@ class EngineManifest:
     precision: str = ""
     state: str = ""
     trials: tuple[Mapping[str, Any], ...] = ()
+    driver: str = ""
 
     @classmethod
     def of(
@@ -94,13 +90,17 @@ class EngineManifest:
     ) -> EngineManifest:
         """The manifest of engines built here: ``files`` gives the engine file of each component, ``shapes`` its ranges of sizes."""
         machine = host()
+        of = {name: bundle.component(name) for name in files}
         built = {
-            name: BuiltComponent(file, bundle.files[bundle.component(name).model].sha256, shapes.get(name, {}))
+            name: BuiltComponent(
+                file, bundle.files[of[name].model].sha256, shapes.get(name, {}), weights_sha256=weights_digest(bundle, of[name])
+            )
             for name, file in files.items()
         }
         state = next((str(verb.arguments.get("state", "")) for verb in reversed(bundle.history) if verb.name == "quantize"), "")
         cpu = () if compute_capability else machine.cpu
-        return cls(engine, version, machine.os, machine.arch, cpu, built, compute_capability, precision, state)
+        driver = driver_of(compute_capability) if compute_capability else ""
+        return cls(engine, version, machine.os, machine.arch, cpu, built, compute_capability, precision, state, driver=driver)
 
     def served_by(self, others: Mapping[str, tuple[str, str]], trials: Sequence[Mapping[str, Any]]) -> EngineManifest:
         """The same, with components that another engine of a version serves, and the table that says why."""
@@ -123,6 +123,20 @@ def host() -> Host:
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
     return Host(platform.system().lower(), platform.machine().lower(), tuple(f for f in _CPU_FEATURES if f in flags))
+
+
+def driver_of(compute_capability: str) -> str:
+    """The driver of a GPU here of this compute capability; "" where there is none, or it does not tell."""
+    here = targets.this_machine().devices
+    return next((device.driver for device in here if device.compute_capability == compute_capability), "")
+
+
+def weights_digest(bundle: Bundle, component: Component) -> str:
+    """sha256 over the names and hashes of the files beside a component's graph: its weights, which may change when the graph does not."""
+    folder = component.model.rpartition("/")[0] + "/"
+    beside = sorted(name for name in bundle.files if name.startswith(folder) and name != component.model)
+    lines = "".join(f"{name.removeprefix(folder)} {bundle.files[name].sha256}\n" for name in beside)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def choose(bundle: Bundle, target: str | None) -> str:
@@ -165,52 +179,31 @@ def read(bundle: Bundle, target: str) -> EngineManifest:
                 {axis: tuple(r) for axis, r in c.get("shapes", {}).items()},
                 str(c.get("engine", "")),
                 str(c.get("version", "")),
+                str(c.get("weights_sha256", "")),
             )
             for name, c in content["components"].items()
         }
         engine, version, system, arch = (str(content[key]) for key in ("engine", "version", "os", "arch"))
-        later = {key: str(content.get(key, "")) for key in ("compute_capability", "precision", "state")}
+        later = {key: str(content.get(key, "")) for key in ("compute_capability", "precision", "state", "driver")}
         cpu, trials = tuple(content.get("cpu", ())), tuple(content.get("trials", ()))
         return EngineManifest(engine, version, system, arch.lower(), cpu, components, **later, trials=trials)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"'{file}' is missing or damaged: {type(error).__name__}: {error}", do=_rebuild(bundle, target)) from None
+        raise BundleError(f"'{file}' is missing or damaged: {type(error).__name__}: {error}", do=rebuilding(bundle, target)) from None
 
 
-def check(manifest: EngineManifest, bundle: Bundle, target: str) -> None:
-    """Refuse engines that were built with or for something else than what is here.
-
-    Raises:
-        EngineError: library version, operating system, processor, GPU or the ONNX file differ; the message says which.
-        MissingExtra: the engine's library is not installed.
-    """
-    engine = find("runtimes.engines", manifest.engine)
-    here = host()
-    found = {"os": here.os, "arch": here.arch, "cpu": here.cpu or manifest.cpu}
-    stated = {"os": manifest.os, "arch": manifest.arch, "cpu": manifest.cpu or here.cpu}
-    for name, version in manifest.versions().items():
-        found[f"{name} version"], stated[f"{name} version"] = find("runtimes.engines", name).version(), version
-    if manifest.compute_capability:
-        found["gpu"], stated["gpu"] = engine.compute_capability(), manifest.compute_capability
-    alike = {"cpu", *getattr(engine, "portable", ())} if manifest.compute_capability else getattr(engine, "portable", ())
-    unlike = sorted((k for k in stated if k not in alike and stated[k] != found[k]), key=lambda k: k in _WORDS)
-    differing = [f"{_WORDS.get(k, k)} {_text(stated[k])}, here {_text(found[k])}" for k in unlike]
-    for component in bundle.components:
-        built = manifest.components.get(component.name)
-        if built is None:
-            continue
-        if built.model_sha256 != bundle.files[component.model].sha256:
-            differing.append(f"the ONNX file of '{component.name}' has changed since")
-        if f"{ENGINES}/{target}/{built.file}" not in bundle.files:
-            differing.append(f"the file '{built.file}' is not among the bundle's files")
-    if differing:
-        raise EngineError(
-            f"The engines for '{target}' were built for something else", got="; ".join(differing), do=_rebuild(bundle, target)
-        )
+def asked(bundle: Bundle, target: str) -> dict[str, str]:
+    """The options of ``build`` that a target's engines were last made with, by the bundle's history."""
+    made = next((v.arguments for v in reversed(bundle.history) if v.name == "build" and v.arguments.get("target") == target), {})
+    shapes = made.get("shapes") or {}
+    options = {key: str(made[key]) for key in ("precision", "pick", "max_error") if made.get(key)}
+    return options | ({"shapes": ",".join(f"{axis}={size}" for axis, size in shapes.items())} if shapes else {})
 
 
-def _rebuild(bundle: Bundle, target: str) -> str:
-    return f"Build them anew with: edgediffusion build {bundle.path} --target {target} -o NEW"
-
-
-def _text(value: object) -> str:
-    return "+".join(value) if isinstance(value, tuple) else str(value)
+def rebuilding(bundle: Bundle, target: str, shapes: str = "") -> str:
+    """What to do about engines that cannot be opened: the command that builds them with the options they had, or for other shapes."""
+    given = asked(bundle, target) | ({"shapes": shapes} if shapes else {})
+    options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in given.items())
+    return (
+        f"Build them anew with: edgediffusion build {bundle.path} --target {target}{options} -o NEW, "
+        "or in their place with --rebuild, where they are run."
+    )

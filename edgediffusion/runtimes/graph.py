@@ -10,7 +10,7 @@ import numpy as np
 from edgediffusion.bundle import Bundle, Component, TensorSpec
 from edgediffusion.errors import ArgumentError, BundleError, EngineError
 from edgediffusion.registry import find
-from edgediffusion.runtimes import engine_manifest
+from edgediffusion.runtimes import engine_manifest, preflight
 from edgediffusion.runtimes.engines import Binding, Session
 
 
@@ -104,7 +104,7 @@ def open_components(bundle: Bundle, components: Sequence[Component], *, target: 
         files = {c.name: ("onnxruntime", bundle.path / c.model) for c in components}
     else:
         manifest = engine_manifest.read(bundle, chosen)
-        engine_manifest.check(manifest, bundle, chosen)
+        preflight.check(manifest, bundle, chosen)
         files = {c.name: _built_file(bundle, manifest, chosen, c.name) for c in components}
     sessions = {name: find("runtimes.engines", engine).open_session(file, threads=threads) for name, (engine, file) in files.items()}
     return tuple(Graph(c, sessions[c.name]) for c in components)
@@ -116,6 +116,6 @@ def _built_file(bundle: Bundle, manifest: engine_manifest.EngineManifest, target
         raise BundleError(
             f"The engines for '{target}' lack the component '{name}'",
             got=", ".join(manifest.components),
-            do=f"Build them anew with: edgediffusion build {bundle.path} --target {target} -o NEW",
+            do=engine_manifest.rebuilding(bundle, target),
         )
     return manifest.engine_of(name), bundle.path / engine_manifest.ENGINES / target / manifest.components[name].file

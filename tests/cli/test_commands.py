@@ -120,7 +120,7 @@ def test_build(library: Callable[..., Library], bundle: Bundle) -> None:
     build = library("edgediffusion.runtimes.build", "build")
     run("build", bundle.path, "--target", "cpu-x86-64", "-o", "out")
     assert build.arguments == (bundle, Path("out"))
-    asked = {"target": "cpu-x86-64", "threads": None, "precision": None, "shapes": "", "timing_cache": None}
+    asked = {"target": "cpu-x86-64", "threads": None, "precision": None, "shapes": "", "timing_cache": None, "reuse": None}
     assert build.settings == {**asked, "pick": "order", "max_error": 1e-3}
     run("build", bundle.path, "--target", "auto", "--precision", "bfloat16", "--shapes", "batch=1:2:4", "--threads", 1, "-o", "out")
     assert build.settings == {

@@ -15,7 +15,7 @@ from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, BundleError, EngineError
 from edgediffusion.registry import find
-from edgediffusion.runtimes import Pipeline, engine_manifest
+from edgediffusion.runtimes import Pipeline, engine_manifest, preflight
 from edgediffusion.runtimes.engine_manifest import EngineManifest
 
 from .tiny import SAMPLING, write_bundle
@@ -60,7 +60,7 @@ def test_reads_back_what_it_wrote(built: Bundle) -> None:
     assert manifest.engine == "onnxruntime"
     assert (manifest.os, manifest.arch, manifest.cpu) == (lambda h: (h.os, h.arch, h.cpu))(engine_manifest.host())
     assert set(manifest.components) == {"text_encoder", "unet", "vae_decoder"}
-    engine_manifest.check(manifest, built, TARGET)
+    preflight.check(manifest, built, TARGET)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_refuses_another_library_or_machine(built: Bundle, change: dict[str, Any
         pytest.skip("This system does not tell its instruction sets.")
     manifest = replace(engine_manifest.read(built, TARGET), **{k: tuple(v) if isinstance(v, list) else v for k, v in change.items()})
     with pytest.raises(EngineError, match=message + r".*edgediffusion build .* --target here -o NEW"):
-        engine_manifest.check(manifest, built, TARGET)
+        preflight.check(manifest, built, TARGET)
 
 
 def test_refuses_engines_of_another_graph(built: Bundle) -> None:
@@ -92,7 +92,7 @@ def test_refuses_a_file_outside_the_bundle(tmp_path: Path) -> None:
     manifest = engine_manifest.read(bundle, TARGET)
     outside = replace(manifest.components["unet"], file="../../../elsewhere.onnx")
     with pytest.raises(EngineError, match="not among the bundle's files"):
-        engine_manifest.check(replace(manifest, components={**manifest.components, "unet": outside}), bundle, TARGET)
+        preflight.check(replace(manifest, components={**manifest.components, "unet": outside}), bundle, TARGET)
 
 
 def test_refuses_an_engine_of_unknown_kind(tmp_path: Path) -> None:
@@ -145,4 +145,4 @@ def test_a_manifest_of_an_older_version_lacks_what_was_not_known_then(built: Bun
     manifest = engine_manifest.read(built, TARGET)
     assert (manifest.compute_capability, manifest.precision, manifest.state) == ("", "", "")
     assert manifest.components["unet"].shapes == {}
-    engine_manifest.check(manifest, built, TARGET)
+    preflight.check(manifest, built, TARGET)

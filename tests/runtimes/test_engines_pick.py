@@ -14,7 +14,7 @@ from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, EngineError, MissingExtra
 from edgediffusion.registry import find
-from edgediffusion.runtimes import Pipeline, engine_manifest, pick
+from edgediffusion.runtimes import Pipeline, engine_manifest, pick, preflight
 from edgediffusion.runtimes.build import build
 from edgediffusion.runtimes.sizes import parse_sizes
 
@@ -74,7 +74,7 @@ def test_components_may_be_served_by_different_engines(bundle: Bundle, tmp_path:
     assert np.abs(pixels[0] - pixels[1]).max() < 1e-4
     monkeypatch.setattr(find("runtimes.engines", "onnxruntime"), "version", lambda: "0.1")
     with pytest.raises(EngineError, match=r"onnxruntime version \d.*, here 0.1. Build them anew"):
-        engine_manifest.check(manifest, built, TARGET)
+        preflight.check(manifest, built, TARGET)
 
 
 def test_what_is_too_far_off_may_not_win_however_fast(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

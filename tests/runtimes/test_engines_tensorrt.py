@@ -19,7 +19,7 @@ from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.errors import Cancelled, EngineError, MissingExtra
 from edgediffusion.registry import find
-from edgediffusion.runtimes import engine_manifest
+from edgediffusion.runtimes import engine_manifest, preflight
 from edgediffusion.runtimes.build import build
 from edgediffusion.runtimes.engines import _cuda, _tensorrt
 from edgediffusion.runtimes.engines._described import Described
@@ -193,8 +193,8 @@ class TestRunning:
         manifest = engine_manifest.EngineManifest.of(name, "9.1", bundle, {}, compute_capability="8.9")
         assert manifest.cpu == ()
         with pytest.raises(EngineError, match=rf"{name} version 9.1, here 10.3.0; compute capability 8.9, here 8.7. .*edgediffusion build"):
-            engine_manifest.check(manifest, bundle, "rtx-4090")
-        engine_manifest.check(replace(manifest, version="10.3.0", compute_capability="8.7"), bundle, "rtx-4090")
+            preflight.check(manifest, bundle, "rtx-4090")
+        preflight.check(replace(manifest, version="10.3.0", compute_capability="8.7"), bundle, "rtx-4090")
 
     def test_engines_of_rtx_go_to_another_system_and_those_of_tensorrt_do_not(self, faked: Any, tmp_path: Path) -> None:
         engine, _, _ = faked
@@ -202,10 +202,10 @@ class TestRunning:
         name = engine.__name__.rsplit(".", 1)[1].replace("_", "-")
         manifest = replace(engine_manifest.EngineManifest.of(name, "10.3.0", bundle, {}, compute_capability="8.7"), os="plan9")
         if name == "tensorrt-rtx":
-            engine_manifest.check(manifest, bundle, "rtx-4090")
+            preflight.check(manifest, bundle, "rtx-4090")
             return
         with pytest.raises(EngineError, match=r"operating system plan9, here"):
-            engine_manifest.check(manifest, bundle, "t4")
+            preflight.check(manifest, bundle, "t4")
 
 
 class TestBuildingOnTheDevice:

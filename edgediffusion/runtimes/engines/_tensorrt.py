@@ -22,7 +22,7 @@ from edgediffusion.bundle import TensorSpec
 from edgediffusion.errors import EngineError
 from edgediffusion.registry import require
 from edgediffusion.runtimes.engines._described import Described, described
-from edgediffusion.runtimes.engines._tensorrt_run import TensorRTSession, open_engine
+from edgediffusion.runtimes.engines._tensorrt_run import TensorRTSession, invalidity, open_engine
 from edgediffusion.runtimes.onnx_header import read_header
 from edgediffusion.runtimes.sizes import SizeRange, Sizes, ranges_for
 
@@ -113,6 +113,16 @@ class TensorRT:
         with _mapped(f"{self.title} could not load '{file.parent.name}/{file.name}'", log):
             engine = open_engine(self._library(), log, file, self.title)
             return TensorRTSession(engine, known, extra=self.extra, title=self.title, keep=log)
+
+    def invalidity(self, file: Path) -> str:
+        """The library's own verdict on an engine file, from its header: why it would not load here, or "".
+
+        Raises:
+            EngineError: the file is missing or empty.
+        """
+        log = self._log()
+        with _mapped(f"{self.title} could not read '{file.parent.name}/{file.name}'", log):
+            return invalidity(self._library(), log, file)
 
     def _library(self) -> Any:
         return require(self.module, extra=self.extra, purpose=f"Building and running with {self.title}")

@@ -28,14 +28,25 @@ def open_engine(trt: Any, log: Any, file: Path, title: str) -> Any:
     """
     runtime = trt.Runtime(log)
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if hasattr(runtime, "get_engine_validity"):  # TensorRT for RTX reads the header alone, before anything is loaded
-            validity, reasons = runtime.get_engine_validity(data[: runtime.engine_header_size])
-            if validity == trt.EngineValidity.INVALID:
-                raise EngineError(f"{title} says that '{file.name}' is not valid here", got=_reasons(trt, reasons, log), do=_REBUILD)
+        if reasons := _invalidity(trt, runtime, data, log):
+            raise EngineError(f"{title} says that '{file.name}' is not valid here", got=reasons, do=_REBUILD)
         engine = runtime.deserialize_cuda_engine(data[:])
     if engine is None:
         raise EngineError(f"{title} could not load '{file.parent.name}/{file.name}'", got=log.told() or "no reason given", do=_REBUILD)
     return engine
+
+
+def invalidity(trt: Any, log: Any, file: Path) -> str:
+    """Why the library would not load an engine here, as far as the file's header tells; "" where it would, or has no such call."""
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _invalidity(trt, trt.Runtime(log), data, log)
+
+
+def _invalidity(trt: Any, runtime: Any, data: mmap.mmap, log: Any) -> str:
+    if not hasattr(runtime, "get_engine_validity"):  # TensorRT for RTX has it: it reads the header alone, before anything is loaded
+        return ""
+    validity, reasons = runtime.get_engine_validity(data[: runtime.engine_header_size])
+    return _reasons(trt, reasons, log) if validity == trt.EngineValidity.INVALID else ""
 
 
 def _reasons(trt: Any, bits: int, log: Any) -> str:

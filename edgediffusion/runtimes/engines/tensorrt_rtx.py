@@ -11,9 +11,10 @@ reads_onnx = False
 portable = ("os",)  # docs.nvidia.com/deeplearning/tensorrt-rtx: "portable to both Windows and Linux operating systems"
 
 _library = TensorRT("tensorrt_rtx", extra="rtx", title="TensorRT for RTX", seconds_per_layer=0.002)
-version, build, open_session, compute_capability = (
+version, build, open_session, compute_capability, invalidity = (
     _library.version,
     _library.build,
     _library.open_session,
     _library.compute_capability,
+    _library.invalidity,
 )
