@@ -1,7 +1,14 @@
-"""The graphs of AutoencoderKL: ``decode`` and ``encode_image``, named as optimum names them."""
+"""The graphs of autoencoders: ``decode`` and ``encode_image``, named as optimum names them.
+
+AutoencoderKL     an encoder's output is the mean and the logarithm of the variance of its latents
+AutoencoderTiny   it is the latents themselves (TAESD, Bohan 2023)
+AutoencoderDC     the same (Chen et al. 2024, 2410.10733)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +16,6 @@ import torch
 from edgediffusion.export.families import BATCH, Axis, Part, Tensor
 from edgediffusion.export.source import Source
 
-CLASSES = ("AutoencoderKL",)
 NAME = "vae"
 _ROWS, _COLUMNS = 8, 12  # of a latent, to trace with
 
@@ -34,30 +40,79 @@ class Encoder(torch.nn.Module):
         return self.network._encode(sample)  # type: ignore[operator, no-any-return]
 
 
+class ExactEncoder(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """Pictures to their latents, [b, latent channels, h, w]."""
+        return self.network.encode(sample, return_dict=False)[0]  # type: ignore[operator, no-any-return]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a sampling loop must know of an autoencoder: see ``bundle.Sampling``."""
+
+    channels: int
+    downsampling: int
+    scale: float
+    shift: float
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """``levels`` is the setting with an entry for each size of a picture on its way, ``scale`` the class's own ``scaling_factor``."""
+
+    levels: str
+    scale: float
+    encoder: Callable[[torch.nn.Module], torch.nn.Module]
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "AutoencoderKL": _Kind("block_out_channels", 0.18215, Encoder),
+    "AutoencoderTiny": _Kind("decoder_block_out_channels", 1.0, ExactEncoder),
+    "AutoencoderDC": _Kind("encoder_block_out_channels", 1.0, ExactEncoder),
+}
+CLASSES = tuple(_KINDS)
+
+
+def facts(source: Source) -> Latents:
+    """Raises SourceError: the pipeline has no autoencoder of a known class."""
+    config, kind = source.config(NAME), _KINDS[source.require_class(NAME, CLASSES)]
+    return Latents(
+        channels=config["latent_channels"],
+        downsampling=int(2 ** (len(config[kind.levels]) - 1)),
+        scale=config.get("scaling_factor", kind.scale),
+        shift=config.get("shift_factor") or 0.0,
+    )
+
+
 def downsampling(config: dict[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def parts(source: Source) -> tuple[Part, Part]:
-    source.require_class(NAME, CLASSES)
-    config = source.config(NAME)
-    factor, channels = downsampling(config), config["latent_channels"]
+    config, latents, kind = source.config(NAME), facts(source), _KINDS[source.require_class(NAME, CLASSES)]
+    factor, channels = latents.downsampling, latents.channels
+    in_channels, out_channels = config.get("in_channels", 3), config.get("out_channels", config.get("in_channels", 3))
     rows, columns = Axis("height", _ROWS), Axis("width", _COLUMNS)
     lines = [Axis(f"image_{axis.name}", axis.example * factor, factor) for axis in (rows, columns)]
+    exact = kind.encoder is ExactEncoder
     decode = Part(
         name="vae_decoder",
         role="decode",
         network=NAME,
         wrap=Decoder,
         inputs=(Tensor("latent_sample", (BATCH, channels, rows, columns)),),
-        outputs=(Tensor("sample", (BATCH, config["out_channels"], *lines)),),
+        outputs=(Tensor("sample", (BATCH, out_channels, *lines)),),
     )
     encode = Part(
         name="vae_encoder",
         role="encode_image",
         network=NAME,
-        wrap=Encoder,
-        inputs=(Tensor("sample", (BATCH, config["in_channels"], *lines)),),
-        outputs=(Tensor("latent_parameters", (BATCH, 2 * channels, rows, columns)),),
+        wrap=kind.encoder,
+        inputs=(Tensor("sample", (BATCH, in_channels, *lines)),),
+        outputs=(Tensor("latents" if exact else "latent_parameters", (BATCH, channels if exact else 2 * channels, rows, columns)),),
     )
     return decode, encode

@@ -79,8 +79,8 @@ def derive(whole: ir.Model, part: Component) -> tuple[Component, ir.Model]:
 
 
 def first_block(cut: str) -> str:
-    """The first of the blocks that ``cut`` is one of: ``blocks.0`` for ``blocks.7``."""
-    return cut.rpartition(".")[0] + ".0"
+    """The first block of the network that ``cut`` is one of: ``blocks.0`` for ``blocks.7``, and for ``single_blocks.7``, behind them."""
+    return cut.rpartition(".")[0].removeprefix("single_") + ".0"
 
 
 def specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

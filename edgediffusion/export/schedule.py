@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from edgediffusion.bundle import NoiseSchedule
+from edgediffusion.bundle import DynamicShift, NoiseSchedule
 from edgediffusion.errors import ArgumentError, SourceError
 from edgediffusion.export.source import Source
 from edgediffusion.runtimes.options import choose
@@ -135,6 +135,32 @@ def read_scheduler(source: Source, **overrides: Any) -> Scheduler:
         steps_offset=config.get("steps_offset", 0),
     )
     return Scheduler(schedule, _PREDICTIONS[config["prediction_type"]], _sampler(kind, config))
+
+
+def trailing(scheduler: Scheduler) -> NoiseSchedule:
+    """The schedule of a pipeline that itself asks FlowMatchEulerDiscreteScheduler for the sigmas 1, 1 - 1 / steps, ..., 1 / steps.
+
+    A scheduler that a pipeline cannot ask so, as those with ``use_flow_sigmas``, keeps its own.
+    """
+    schedule = scheduler.schedule
+    if scheduler.sampler != "flow-euler":
+        return schedule
+    return replace(schedule, spacing=f"{schedule.spacing}:ends=trailing" if schedule.spacing in _RAMPS else "trailing")
+
+
+def dynamic_shift(source: Source, token_pixels: int) -> DynamicShift | None:
+    """The scheduler's shift by the size of the picture, if it has one; a token is a square of so many pixels a side."""
+    config = source.config("scheduler")
+    if not config.get("use_dynamic_shifting"):
+        return None
+    return DynamicShift(
+        base=config.get("base_shift", 0.5),
+        most=config.get("max_shift", 1.15),
+        base_tokens=config.get("base_image_seq_len", 256),
+        most_tokens=config.get("max_image_seq_len", 4096),
+        token_pixels=token_pixels,
+        exponential=config.get("time_shift_type", "exponential") == "exponential",
+    )
 
 
 def scheduler_of(sampler: str, config: Mapping[str, Any]) -> Any:

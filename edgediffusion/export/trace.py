@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from edgediffusion.errors import SourceError
 from edgediffusion.export.families import FLOAT, Axis, Part, Tensor
@@ -22,10 +23,14 @@ NO_MARKS: Mapping[str, Mark] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Traced:
-    """``names`` maps the graph's initializers to the network's own names of parameters and buffers."""
+    """``names`` maps the graph's initializers to the network's own names of parameters and buffers.
+
+    ``constants`` are the tensors that the network's code made of numbers, which the tracer has names for.
+    """
 
     model: ir.Model
     names: Mapping[str, str]
+    constants: Mapping[str, torch.Tensor]
 
 
 def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int, marks: Mapping[str, Mark] = NO_MARKS) -> Traced:
@@ -49,7 +54,9 @@ def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int, marks:
     if program is None:
         raise SourceError(f"The component '{part.name}' cannot be exported", do="Please report this network.")
     _name_interface(program.model, part, _marked_tensors(exported, part, marks))
-    return Traced(program.model, {name: name.removeprefix(prefix) for name in program.model.graph.initializers})
+    names = {name: name.removeprefix(prefix) for name in program.model.graph.initializers}
+    real = {name: tensor for name, tensor in exported.constants.items() if not isinstance(tensor, FakeTensor)}
+    return Traced(program.model, names, {names[name]: tensor for name, tensor in real.items() if name in names})
 
 
 def _dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from edgediffusion.bundle import Sampling
 from edgediffusion.errors import BundleError
 from edgediffusion.runtimes.graph import Graph, require_finite
 from edgediffusion.runtimes.images import to_pixels
+from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.tiling import tiled
 
 _LOG_VARIANCE = (-30.0, 20.0)  # between which diffusers' DiagonalGaussianDistribution keeps it
@@ -19,10 +20,20 @@ _LOG_VARIANCE = (-30.0, 20.0)  # between which diffusers' DiagonalGaussianDistri
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Latents that an encoder is not sure about: ``mean`` and ``deviation`` are float32 [pictures, c, h, w], in the loop's scale."""
+    """Latents that an encoder is not sure about: ``mean`` and ``deviation`` are float32 [pictures, c, h, w], in the loop's scale.
+
+    Without a deviation they are the mean, and nothing is drawn.
+    """
 
     mean: np.ndarray
-    deviation: np.ndarray
+    deviation: np.ndarray | None = None
+
+    def of(self, which: np.ndarray) -> Gaussian:
+        """Those of some pictures, by their numbers."""
+        return Gaussian(self.mean[which], None if self.deviation is None else self.deviation[which])
+
+    def draw(self, noise: Noise) -> np.ndarray:
+        return self.mean if self.deviation is None else self.mean + self.deviation * noise.normal(self.mean.shape)
 
 
 class Autoencoder:
@@ -69,7 +80,10 @@ class Autoencoder:
         run = partial(_run, graph, lambda size: size // facts.downsampling)
         rows = (pixels[i : i + 1] for i in range(len(pixels)))
         found = [tiled(run, row, tile, tile // facts.downsampling) if tile else run(row).copy() for row in rows]
-        mean, log_variance = np.split(np.concatenate(found).astype(np.float32), 2, axis=1)
+        parameters = np.concatenate(found).astype(np.float32)
+        if parameters.shape[1] == facts.latent_channels:
+            return Gaussian((parameters - facts.latent_shift) * facts.latent_scale)
+        mean, log_variance = np.split(parameters, 2, axis=1)
         deviation = np.exp(0.5 * np.clip(log_variance, *_LOG_VARIANCE))
         return Gaussian((mean - facts.latent_shift) * facts.latent_scale, deviation * facts.latent_scale)
 

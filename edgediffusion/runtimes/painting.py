@@ -149,8 +149,8 @@ class Canvas:
         """A draw from the latents of pictures, [images, c, h, w]: one to a picture, or one to an image where each has its stream."""
         found, which = self.encode(pixels), self._which(pixels)
         if self.per_image:
-            found, which = Gaussian(found.mean[which], found.deviation[which]), np.arange(self.shape[0])
-        drawn: np.ndarray = (found.mean + found.deviation * self.noise.normal(found.mean.shape))[which]
+            found, which = found.of(which), np.arange(self.shape[0])
+        drawn: np.ndarray = found.draw(self.noise)[which]
         return drawn
 
     def _which(self, pictures: np.ndarray) -> np.ndarray:

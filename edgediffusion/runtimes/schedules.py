@@ -169,7 +169,7 @@ def interpolated(schedule: NoiseSchedule, steps: int) -> Points:
     ratios, timesteps = levels(schedule, steps)
     at = tuple(variance_exploding(float(r), float(t)) for r, t in zip(ratios, timesteps, strict=True))
     # With leading spacing diffusers starts from sqrt(1 + s^2) noise, which is noise of unit variance here.
-    return Points.chain(at, noise_scale=1.0 if _ends_leading(schedule) else at[0].sigma)
+    return Points.chain(at, noise_scale=1.0 if spaced_as(schedule, "leading") else at[0].sigma)
 
 
 def between_timesteps(schedule: NoiseSchedule, ratios: Sequence[float]) -> tuple[Point, ...]:
@@ -204,8 +204,23 @@ def ending_at_first_timestep(points: Points, schedule: NoiseSchedule) -> Points:
     return replace(points, to=(*points.to[:-1], variance_preserving(alpha_bars(schedule), 0)))
 
 
-def _ends_leading(schedule: NoiseSchedule) -> bool:
-    return "leading" in (schedule.spacing, getattr(_spacing(schedule.spacing).options, "ends", ""))
+def spaced_as(schedule: NoiseSchedule, even: str) -> bool:
+    """Whether an even spacing, such as ``leading``, is the schedule's, or that of the ends of its ramp."""
+    return even in (schedule.spacing, getattr(_spacing(schedule.spacing).options, "ends", ""))
+
+
+def at_size(schedule: NoiseSchedule, height: int, width: int) -> NoiseSchedule:
+    """The schedule for pictures of so many pixels: its dynamic shift, if it has one, as a number.
+
+    mu is linear in the number of tokens, and the shift e^mu: FLUX.1 (Black Forest Labs 2024), as diffusers' ``calculate_shift``.
+    """
+    dynamic = schedule.dynamic_shift
+    if dynamic is None:
+        return schedule
+    tokens = (height // dynamic.token_pixels) * (width // dynamic.token_pixels)
+    slope = (dynamic.most - dynamic.base) / (dynamic.most_tokens - dynamic.base_tokens)
+    mu = dynamic.base + slope * (tokens - dynamic.base_tokens)
+    return replace(schedule, shift=math.exp(mu) if dynamic.exponential else mu, dynamic_shift=None)
 
 
 def shifted(schedule: NoiseSchedule, sigma: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from edgediffusion.export.families import BATCH, Axis, Part, Tensor, check_compo
 from edgediffusion.export.schedule import read_scheduler
 from edgediffusion.export.source import Source
 
-PIPELINES = ("StableDiffusion3Pipeline",)
+PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
 OPTIONAL = ("feature_extractor", "image_encoder")
 T5_TOKENS = 256  # diffusers' default of max_sequence_length; its zeros without T5 are as many
 _CLIPS = ("", "_2")
@@ -61,21 +61,20 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, vae = source.config("transformer"), source.config(autoencoder.NAME)
+    transformer, latents = source.config("transformer"), autoencoder.facts(source)
     scheduler = read_scheduler(source)
-    factor = autoencoder.downsampling(vae)
-    size = transformer["sample_size"] * factor
+    size = transformer["sample_size"] * latents.downsampling
     return Sampling(
         prediction=scheduler.prediction,
         guidance="classifier-free",
         schedule=scheduler.schedule,
-        latent_channels=vae["latent_channels"],
-        downsampling=factor,
-        latent_scale=vae["scaling_factor"],
-        latent_shift=vae.get("shift_factor") or 0.0,
+        latent_channels=latents.channels,
+        downsampling=latents.downsampling,
+        latent_scale=latents.scale,
+        latent_shift=latents.shift,
         height=size,
         width=size,
-        size_multiple=factor * transformer["patch_size"],
+        size_multiple=latents.downsampling * transformer["patch_size"],
         fixed_size=False,
         sampler=scheduler.sampler,
         steps=20,
@@ -102,5 +101,5 @@ def _transformer(source: Source, texts: list[Part]) -> Part:
             *others,
         ),
         outputs=(Tensor("out_sample", (BATCH, config["out_channels"], rows, columns)),),
-        cuts=block_cuts,
+        cuts=block_cuts.STREAMS,
     )

@@ -68,7 +68,7 @@ def inner_cuts(bundle: Bundle) -> tuple[str, ...]:
 
 def is_first(cut: str) -> bool:
     """Whether a transformer was cut before its first block."""
-    return cut.rpartition(".")[2] == "0"
+    return cut.rpartition(".")[2] == "0" and not cut.startswith("single_")
 
 
 def refuse_cut(policy: str, cut: str, allowed: str) -> None:
@@ -139,18 +139,24 @@ class Skip:
         return self._graphs.run(self._shallow)
 
 
+def streams(graphs: Joined, cut: str) -> tuple[np.ndarray, ...]:
+    """What the blocks of a transformer change, at a cut: the stream of the sample, and that of the text if it has one."""
+    names = (f"{cut}.hidden_states", f"{cut}.encoder_hidden_states")
+    return tuple(graphs.arrays[name] for name in names if name in graphs.arrays)
+
+
 class Blocks:
     """A transformer and a cut before one of its blocks. The residual is what the blocks behind the cut add to its stream.
 
     ``indicator`` and ``residual`` are the graphs' own buffers, float [rows, tokens, width]: the head writes the former, the
-    tail the latter, and a policy may write a residual of its own for the shallow graph.
+    tail the latter, and a policy may write a residual of its own for the shallow graph. ``streams`` are all that blocks change.
     """
 
     def __init__(self, graphs: Joined, components: tuple[Component, ...] | None = None):
         self._graphs = graphs
         self._names = {c.role: c.name for c in components or graphs.components}
         cut = (components or graphs.components)[0].cut
-        self.stream, self.context = graphs.arrays[f"{cut}.hidden_states"], graphs.arrays[f"{cut}.encoder_hidden_states"]
+        self.streams = streams(graphs, str(cut))
         self.indicator, self.residual = graphs.arrays[f"{cut}.indicator"], graphs.arrays[f"{cut}.residual"]
 
     def head(self, call: Call) -> None:

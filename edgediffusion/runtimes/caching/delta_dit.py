@@ -18,7 +18,7 @@ import numpy as np
 
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import BundleError
-from edgediffusion.runtimes.caching._cuts import HEAD, Blocks, blocks, inner_cuts, is_first, refuse_cut
+from edgediffusion.runtimes.caching._cuts import HEAD, Blocks, blocks, inner_cuts, is_first, refuse_cut, streams
 from edgediffusion.runtimes.network import Call, Joined, Network
 from edgediffusion.runtimes.options import check_range
 
@@ -49,24 +49,24 @@ class Policy:
 
     def start(self, graphs: Joined, calls: int) -> Network:
         embeddings = graphs.components[0]
-        stream, context = (graphs.arrays[f"{embeddings.cut}.{name}"] for name in ("hidden_states", "encoder_hidden_states"))
+        embedded = streams(graphs, str(embeddings.cut))
         transformer = Blocks(graphs, graphs.components[1:])
-        added: tuple[np.ndarray, np.ndarray] | None = None
+        added: list[np.ndarray] | None = None
 
         def ask(call: Call) -> np.ndarray:
             nonlocal added
             if added is None or call.number % self.interval == 0:
                 transformer.head(call)
                 graphs.run(embeddings.name)
-                added = transformer.stream - stream, transformer.context - context
+                added = [later - earlier for later, earlier in zip(transformer.streams, embedded, strict=True)]
                 return transformer.tail(call)
             if call.number < self.boundary * calls:
                 transformer.head(call)
                 return transformer.shallow()
             graphs.feed(call)
             graphs.run(embeddings.name)
-            np.add(stream, added[0], out=transformer.stream)
-            np.add(context, added[1], out=transformer.context)
+            for stream, change, target in zip(embedded, added, transformer.streams, strict=True):
+                np.add(stream, change, out=target)
             return transformer.tail(replace(call, observe=None))
 
         return ask

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.runtimes.samplers.ddim import sample
-from edgediffusion.runtimes.schedules import Points, check_steps, flow, ramped, require_kind, shifted
+from edgediffusion.runtimes.schedules import Points, check_steps, flow, ramped, require_kind, shifted, spaced_as
 
 __all__ = ["KIND", "ORDER", "points", "sample"]
 
@@ -18,8 +18,13 @@ KIND = "flow"
 
 
 def points(schedule: NoiseSchedule, steps: int) -> Points:
-    """As diffusers' FlowMatchEulerDiscreteScheduler spaces them: its smallest sigma is shifted twice."""
+    """As diffusers' FlowMatchEulerDiscreteScheduler spaces them: its smallest sigma is shifted twice.
+
+    With trailing spacing, which is how FluxPipeline asks that scheduler, sigmas are 1, 1 - 1 / steps, ..., 1 / steps, shifted once.
+    """
     require_kind(schedule, "flow-euler", is_flow=True)
     check_steps(steps, schedule.train_steps)
+    if spaced_as(schedule, "trailing"):
+        return flow(schedule, ramped(schedule, shifted(schedule, np.linspace(1.0, 1.0 / steps, steps))))
     smallest = float(shifted(schedule, np.array(1.0 / schedule.train_steps)))
     return flow(schedule, ramped(schedule, shifted(schedule, np.linspace(1.0, smallest, steps))))
