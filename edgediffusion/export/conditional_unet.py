@@ -14,10 +14,10 @@ from edgediffusion.export import skip_cuts
 from edgediffusion.export.families import BATCH, Axis, Part, Tensor
 from edgediffusion.export.named import Named
 from edgediffusion.export.schedule import Scheduler
+from edgediffusion.export.skip_cuts import DOWN, MID
 from edgediffusion.export.source import Source
 
 NAME, CLASSES = "unet", ("UNet2DConditionModel",)
-DOWN, MID = "down_block_additional_residual_", "mid_block_additional_residual"  # as diffusers calls them, with numbers from 0
 ADDED = ("text_embeds", "time_ids")
 # What else these networks may be conditioned on, in settings that no pipeline here has.
 _PLAIN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")

@@ -40,6 +40,7 @@ _SETTINGS = re.compile(r"(\w+)=\{(\w+)\}")
 _SDE = "sde-dpmsolver++"
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler")
 _RAMPS = ("karras", "exponential", "beta")
 # Their ramps run between the noise levels of timestep_spacing; those of the multistep solvers over the whole table.
 _RAMP_WITHIN_SPACING = (
@@ -100,15 +101,18 @@ _OWN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class Scheduler:
-    """``sampler`` is a name of the registry ``runtimes.samplers``, with options where it needs some."""
+    """``sampler`` is a name of the registry ``runtimes.samplers``, with options where it needs some; ``clip`` as in ``bundle.Sampling``."""
 
     schedule: NoiseSchedule
     prediction: str
     sampler: str
+    clip: float | None = None
 
 
-def read_scheduler(source: Source, **overrides: Any) -> Scheduler:
+def read_scheduler(source: Source, *, may_clip: bool = False, **overrides: Any) -> Scheduler:
     """The scheduler of a pipeline; ``overrides`` are settings that the pipeline's class enforces.
+
+    ``may_clip`` says that the family passes on whether estimates of x_0 are clipped, which networks of pixels want.
 
     Raises:
         SourceError: it is of an unknown class, or does something that the samplers here do not.
@@ -116,7 +120,7 @@ def read_scheduler(source: Source, **overrides: Any) -> Scheduler:
     kind = source.require_class("scheduler", tuple(SAMPLERS))
     config = _full_config(kind, source.config("scheduler"))
     config |= {key: value for key, value in overrides.items() if key in config}
-    _refuse_unstatable(kind, config)
+    _refuse_unstatable(kind, config, may_clip=may_clip)
     spacing = _spacing(kind, config)
     if kind.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         shift = config["shift"] if kind.startswith("FlowMatch") else config["flow_shift"]
@@ -134,7 +138,8 @@ def read_scheduler(source: Source, **overrides: Any) -> Scheduler:
         spacing=spacing,
         steps_offset=config.get("steps_offset", 0),
     )
-    return Scheduler(schedule, _PREDICTIONS[config["prediction_type"]], _sampler(kind, config))
+    clip = float(config["clip_sample_range"]) if config.get("clip_sample") else None
+    return Scheduler(schedule, _PREDICTIONS[config["prediction_type"]], _sampler(kind, config), clip)
 
 
 def trailing(scheduler: Scheduler) -> NoiseSchedule:
@@ -221,10 +226,12 @@ def _spacing(kind: str, config: Mapping[str, Any]) -> str:
     return f"{ramp}:ends={even}" if kind in _RAMP_WITHIN_SPACING and even != "linspace" else ramp
 
 
-def _refuse_unstatable(kind: str, config: Mapping[str, Any]) -> None:
+def _refuse_unstatable(kind: str, config: Mapping[str, Any], *, may_clip: bool) -> None:
     flow = bool(config.get("use_flow_sigmas"))
     predictions = tuple(name for name in _PREDICTIONS if (name == "flow_prediction") == flow)
     allowed = {**_PLAIN, **_OWN.get(kind, {}), "beta_schedule": _KINDS, "prediction_type": predictions}
+    if may_clip and kind in _CLIPPING:
+        allowed["clip_sample"] = (False, True)
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             raise SourceError(

@@ -6,7 +6,7 @@
 
 The feature, called as the cut, is u_{m+1}: the main branch before it is joined. A shallow graph takes it from an earlier step
 and runs what is above: the way down as far as its skips, and the way up from the cut. ``<cut>.indicator`` is the skip h_m,
-which is fresh at every step.
+which is fresh at every step. Of a ControlNet's residuals a shallow graph takes those of its own skips alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edgediffusion.errors import SourceError
 from edgediffusion.export.cut_graphs import INDICATOR, part_of, specs
 from edgediffusion.export.marks import Mark, argument
 
+DOWN, MID = "down_block_additional_residual_", "mid_block_additional_residual"  # as diffusers calls them, with numbers from 0
 _PLACE = re.compile(r"up_blocks\.\d+\.resnets\.\d+")
 
 
@@ -39,12 +40,13 @@ def settle(graph: ir.Graph, whole: Component, cuts: Sequence[str]) -> tuple[Comp
     """Let the graph give what meets at each cut, and not what was made of it."""
     joined = {str(value.name): value for value in graph.outputs[len(whole.outputs) :]}
     del graph.outputs[len(whole.outputs) :]
+    fed = [spec for spec in whole.inputs if not spec.name.startswith((DOWN, MID))]
     parts = []
     for cut in cuts:
         feature, skip = _branches(joined[f"{cut}.joined"], cut)
         graph.outputs.extend([feature, skip])
         taken, given = specs([feature, skip])
-        parts.append(part_of(whole, "denoise.shallow", cut, (*whole.inputs, taken), (*whole.outputs, given)))
+        parts.append(part_of(whole, "denoise.shallow", cut, (*fed, taken), (*whole.outputs, given)))
     return replace(whole, outputs=(*whole.outputs, *specs(graph.outputs[len(whole.outputs) :]))), tuple(parts)
 
 

@@ -21,6 +21,7 @@ from edgediffusion.export.quiet import quiet
 INDEX = "model_index.json"
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+_SEVERAL = ("MultiControlNetModel", "ControlNetModel")
 _KEPT_APART = ("_class_name", "_diffusers_version", "_name_or_path")
 
 
@@ -53,7 +54,11 @@ class Source:
     def components(self) -> Mapping[str, str]:
         """Class name of every component that is there."""
         pairs = {k: v for k, v in self.index.items() if k not in _KEPT_APART and isinstance(v, list) and len(v) == 2}
-        return {name: str(kind) for name, (library, kind) in pairs.items() if kind is not None}
+        found = {name: str(kind) for name, (library, kind) in pairs.items() if kind is not None}
+        for name in [name for name, kind in found.items() if kind == _SEVERAL[0]]:  # which diffusers saves side by side
+            others = sorted((p.name for p in self.path.glob(f"{name}_*") if p.is_dir()), key=lambda other: (len(other), other))
+            found |= dict.fromkeys((name, *others), _SEVERAL[1])
+        return found
 
     def config(self, name: str) -> dict[str, Any]:
         """``config.json`` of a component, or the configuration of the scheduler."""

@@ -75,8 +75,10 @@ def _dynamic_shapes(part: Part) -> dict[str, dict[int, Any]]:
         shapes[tensor.name] = {}
         for place, axis in enumerate(tensor.axes):
             if not isinstance(axis, int):
-                unit = units.setdefault(axis.name, torch.export.Dim(f"{axis.name}_unit", min=1))
-                shapes[tensor.name][place] = axis.multiple * unit if axis.multiple > 1 else torch.export.Dim.DYNAMIC
+                base = axis.of or axis.name
+                unit = units.setdefault(base, torch.export.Dim(f"{base}_unit", min=1))
+                free = unit if axis.of else torch.export.Dim.DYNAMIC
+                shapes[tensor.name][place] = axis.multiple * unit if axis.multiple > 1 else free
     return shapes
 
 
@@ -87,7 +89,7 @@ def _marked_tensors(exported: Any, part: Part, marks: Mapping[str, Mark]) -> tup
     for tensor in part.inputs:
         for size, axis in zip(given[tensor.name].shape, tensor.axes, strict=True):
             if isinstance(axis, Axis):
-                axes |= dict.fromkeys(size.node.expr.free_symbols, axis)
+                axes = {**dict.fromkeys(size.node.expr.free_symbols, axis), **axes}  # the first one is of the sample
     nodes = exported.graph.output_node().args[0][len(part.outputs) :]
     found = zip(marks, (node.meta["val"].shape for node in nodes), strict=True)
     return tuple(Tensor(name, tuple(_axis(name, size, axes) for size in shape)) for name, shape in found)

@@ -12,10 +12,11 @@ import diffusers
 import numpy as np
 import torch
 
-from edgediffusion.bundle import Bundle, Sampling
+from edgediffusion.bundle import Bundle, Sampling, axis_size
 from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.export import Progress
 from edgediffusion.export.families import Axis, Part, Tensor, family_of
+from edgediffusion.export.pictures import Run, asked, takes_prompt
 from edgediffusion.export.quiet import quiet
 from edgediffusion.export.schedule import scheduler_of
 from edgediffusion.export.source import Source
@@ -25,8 +26,7 @@ from edgediffusion.runtimes.request import Request, plan
 
 PROMPTS = ("a red heart", "an ankle boot", "")
 MOST_DB = 150.0  # of pictures that are equal; float32 cannot tell anything closer
-_PICTURE_ROLES = ("encode", "denoise", "decode")
-_GRAPH_ROLES = (*_PICTURE_ROLES, "encode_image")
+_ROLES = ("encode", "control", "denoise", "decode", "encode_image")
 _MOMENT = 0.421  # of the noise schedule, for the timestep of a single call
 
 
@@ -42,7 +42,7 @@ class ComponentError:
 
 @dataclass(frozen=True)
 class PictureError:
-    """One picture: the largest difference at any pixel in steps of 1/255, and the PSNR for a range of 1."""
+    """One picture: the largest difference at any pixel in steps of 1/255, and the PSNR for a range of 1. Some take no prompt."""
 
     prompt: str
     largest_255: float
@@ -91,11 +91,11 @@ def validate(
     if bundle.sampling is None:
         raise BundleError(f"The bundle '{bundle.path}' cannot draw", do="Export a whole pipeline.")
     sampling, prompts = bundle.sampling, tuple(prompts) or PROMPTS
-    settled = _Run(
+    settled = Run(
         sampler or sampling.sampler, steps or sampling.steps, sampling.guidance_scale if guidance_scale is None else guidance_scale, seed
     )
     plan(Request("", num_inference_steps=settled.steps, sampler=settled.sampler, guidance_scale=settled.guidance_scale), sampling)
-    graphs = {graph.name: graph for graph in open_graphs(bundle, _GRAPH_ROLES, target=target, threads=None)}
+    graphs = {graph.name: graph for graph in open_graphs(bundle, _ROLES, target=target, threads=None)}
     parts = [part for part in family_of(origin)[1].parts(origin) if part.name in graphs]
     total = len(parts) + len(prompts)
     components: list[ComponentError] = []
@@ -107,25 +107,16 @@ def validate(
             if component.cut is not None:  # one at a time: each may hold as many weights as the whole
                 (graph,) = open_components(bundle, [component], target=target, threads=None)
                 components += _compare_graph(graph, calls)
-    ours = Pipeline(bundle, {name: graph.session for name, graph in graphs.items() if graph.component.role in _PICTURE_ROLES})
-    theirs = _diffusers(origin, settled.sampler)
+    ours, theirs = Pipeline(bundle, {name: graph.session for name, graph in graphs.items()}), _diffusers(origin, settled.sampler)
     pictures = []
-    for done, prompt in enumerate(prompts, start=len(parts)):
+    for done, prompt in enumerate(prompts if takes_prompt(theirs) else ("",), start=len(parts)):
         _tell(progress, "drawing", done / total)
         pictures.append(_compare_pictures(prompt, ours, theirs, settled))
     _tell(progress, "compared", 1.0)
     return _summary(settled, tuple(components), tuple(pictures))
 
 
-@dataclass(frozen=True)
-class _Run:
-    sampler: str
-    steps: int
-    guidance_scale: float
-    seed: int
-
-
-def _summary(run: _Run, components: tuple[ComponentError, ...], pictures: tuple[PictureError, ...]) -> Validation:
+def _summary(run: Run, components: tuple[ComponentError, ...], pictures: tuple[PictureError, ...]) -> Validation:
     return Validation(
         run.sampler,
         run.steps,
@@ -195,12 +186,19 @@ def _sizes(sampling: Sampling, batch: int, extra: int) -> dict[str, int]:
 
 def _example(tensor: Tensor, sizes: Mapping[str, int], network: Any, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
     """Random values of the kind that the input takes: ids of tokens, a timestep, or numbers of about unit size."""
-    shape = tuple(sizes[axis.name] if isinstance(axis, Axis) else axis for axis in tensor.axes)
+    shape = tuple(_size(axis, sizes) for axis in tensor.axes)
     if tensor.dtype.startswith("int"):
-        return generator.integers(0, network.config.vocab_size, shape)
+        known = getattr(network.config, "vocab_size", sampling.classes)
+        return generator.integers(0, known, shape)
     if tensor.name == "timestep":
         return np.full(shape, np.float32(_moment(sampling)))
     return generator.standard_normal(shape, dtype=np.float32)
+
+
+def _size(axis: int | Axis, sizes: Mapping[str, int]) -> int:
+    found = axis if isinstance(axis, int) else axis_size(axis.name, sizes)
+    assert found is not None  # a graph's axes are those of pictures and their parts
+    return found
 
 
 def _moment(sampling: Sampling) -> float:
@@ -209,14 +207,9 @@ def _moment(sampling: Sampling) -> float:
     return wanted if sampling.folded is None else min(sampling.folded.timesteps, key=lambda t: abs(t - wanted))
 
 
-def _compare_pictures(prompt: str, ours: Pipeline, theirs: Any, run: _Run) -> PictureError:
-    mine = ours(prompt, num_inference_steps=run.steps, guidance_scale=run.guidance_scale, seed=run.seed, sampler=run.sampler).pixels
-    with quiet():
-        generator = torch.Generator().manual_seed(run.seed)
-        other = theirs(
-            prompt, num_inference_steps=run.steps, guidance_scale=run.guidance_scale, generator=generator, output_type="np"
-        ).images
-    difference = np.abs(mine.astype(np.float64) - np.asarray(other).reshape(mine.shape))
+def _compare_pictures(prompt: str, ours: Pipeline, theirs: Any, run: Run) -> PictureError:
+    mine, other = asked(theirs, ours.sampling, prompt, run).draw(ours, theirs)
+    difference = np.abs(mine.astype(np.float64) - other)
     mean_square = float(np.mean(difference**2))
     psnr = MOST_DB if mean_square == 0 else min(MOST_DB, -10.0 * math.log10(mean_square))
     return PictureError(prompt, float(difference.max() * 255), psnr)

@@ -26,12 +26,14 @@ FLOAT = "float"
 class Axis:
     """A free axis: the graph takes any size that is a multiple of ``multiple``.
 
-    ``example`` is a size to trace with; two axes of one graph have different ones, or they would be taken for one.
+    ``example`` is a size to trace with; two axes of one graph have different ones, or they would be taken for one. An axis
+    that is another one's size times something is ``of`` it: both multiples are then of the same number.
     """
 
     name: str
     example: int
     multiple: int = 1
+    of: str = ""
 
 
 BATCH = Axis("batch", 2)
@@ -75,6 +77,8 @@ class Part:
     ``network`` is the source's component that it is made of, and ``wrap`` puts a module around that network which takes
     ``inputs`` by name and returns ``outputs`` in order. ``tokenizer`` is the folder of the source whose tokenizer
     makes the input ``input_ids``; ``feeds`` as in ``bundle.Component``; ``cuts`` says how its graph can be cut, if it can.
+    ``lowercase`` and ``prefix`` are as in ``bundle.Tokenizer``; with a prefix, how many ids there are is a free axis, whose example
+    is their number without it.
     """
 
     name: str
@@ -86,6 +90,8 @@ class Part:
     tokenizer: str | None = None
     feeds: Mapping[str, str] = field(default_factory=dict)
     cuts: Cuts | None = None
+    lowercase: bool = False
+    prefix: str = ""
 
 
 class Family(Protocol):

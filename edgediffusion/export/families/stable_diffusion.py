@@ -22,11 +22,11 @@ _OVERRULED: dict[str, dict[str, object]] = {
 }
 PIPELINES = tuple(_OVERRULED)
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
-_USED = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+USED = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
 
 
 def parts(source: Source) -> tuple[Part, ...]:
-    check_components(source, _USED, OPTIONAL)
+    check_components(source, USED, OPTIONAL)
     text = text_encoders.clip(source)
     unet = conditional_unet.part(source, tokens=text_encoders.clip_tokens(source, "text_encoder"))
     return (text, unet, *autoencoder.parts(source))

@@ -20,11 +20,11 @@ from edgediffusion.export.source import Source
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 OPTIONAL = ("image_encoder", "feature_extractor")
 _ENCODERS = ("", "_2")
-_USED = {"unet", "vae", "scheduler", *(f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in _ENCODERS)}
+USED = {"unet", "vae", "scheduler", *(f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in _ENCODERS)}
 
 
 def parts(source: Source) -> tuple[Part, ...]:
-    check_components(source, _USED, OPTIONAL)
+    check_components(source, USED, OPTIONAL)
     texts = encoders(source)
     unet = conditional_unet.part(source, tokens=tokens(source), added=added(source))
     return (*texts, unet, *autoencoder.parts(source))
