@@ -23,6 +23,10 @@
     estimate.py     what an export will read, write and need
     schedule.py     a diffusers scheduler as data
     pipeline.py     all of it, for a whole folder
+    modules.py      any torch module as a bundle of one graph
+    imported.py     ONNX files that somebody else exported
+    bare_sampling.py                   facts about sampling from a scheduler alone
+    probe.py        one run of what came from outside
     validate.py     how far a bundle is from its source
 
 This file loads nothing heavy: the command line asks it for help texts.
@@ -30,20 +34,23 @@ This file loads nothing heavy: the command line asks it for help texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgediffusion import targets
-from edgediffusion.bundle import Bundle
+from edgediffusion.bundle import Bundle, Sampling
 from edgediffusion.errors import ArgumentError
 from edgediffusion.files import new_folder
 from edgediffusion.registry import require
 
 if TYPE_CHECKING:
     from edgediffusion.export.estimate import Estimate
+    from edgediffusion.export.imported import Imported
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 DTYPES = ("float32", "float16", "bfloat16")
 OPSETS = range(18, 24)
 WEIGHTS = ("link", "copy")
@@ -113,6 +120,78 @@ def export(
 
         write_bundle(Source.open(Path(source)), folder, settings, progress=progress, announce=announce)
     return Bundle.open(output, verify=False)
+
+
+def export_module(
+    module: Any,
+    inputs: Mapping[str, Any],
+    output: str | Path,
+    *,
+    role: str = "denoise",
+    name: str = "",
+    outputs: Sequence[str] = (),
+    axes: Mapping[str, Mapping[int, str]] = _NONE,
+    multiples: Mapping[str, int] = _NONE,
+    rename: Mapping[str, str] = _NONE,
+    sampling: Sampling | None = None,
+    opset: int = 23,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export any ``torch.nn.Module`` as a bundle of one graph, in the dtype that the module has.
+
+    ``inputs`` are example tensors by the names of the arguments of its ``forward``; ``rename`` gives those of them another name in
+    the bundle that the role wants so: a ``denoise`` graph takes ``sample`` and ``timestep`` (a number, or one for each row) beside
+    its conditions and gives ``out_sample``, a ``decode`` graph takes ``latent_sample`` and gives ``sample``. ``outputs`` names what
+    it returns, in order. ``axes`` are the free axes of an argument by place, ``{"x": {0: "batch", 1: "horizon"}}``; of one that
+    it does not have it is the first, ``batch``. ``multiples`` says of which number an axis is a multiple, ``{"horizon": 4}``.
+    ``sampling`` is what a loop must know, see ``bare_sampling``; a denoiser is then run by ``Pipeline.denoise``, and a one-step
+    model in one step. The graph is run once and compared with the module.
+
+    Raises:
+        SourceError: the module cannot be traced, or its graph computes something else. OutputError: see ``export``.
+        ArgumentError: inputs, outputs or axes that do not fit the module or the role. MissingExtra: see ``export``.
+    """
+    _refuse_sampling(role, sampling)
+    if opset not in OPSETS:
+        raise ArgumentError("No such opset", got=opset, allowed=", ".join(map(str, OPSETS)))
+    with new_folder(Path(output)) as folder:
+        for library in ("torch", "onnxscript", "onnx_ir"):
+            require(library, extra="export", purpose="Exporting a module")
+        from edgediffusion.export.modules import Interface, write_module
+        from edgediffusion.export.probe import output_of
+
+        interface = Interface(dict(inputs), tuple(outputs) or output_of(role), axes, multiples, rename)
+        write_module(module, interface, folder, role=role, name=name or role, sampling=sampling, opset=opset, progress=progress)
+    return Bundle.open(output, verify=False)
+
+
+def import_onnx(
+    models: Sequence[Imported], output: str | Path, *, sampling: Sampling | None = None, link: bool = True, progress: Progress | None = None
+) -> Bundle:
+    """Take ONNX files that somebody else exported as a bundle: a denoiser, a decoder, or both; see ``imported.Imported``.
+
+    Names and axes are mapped, what tells about the machine that made a file is taken out, external weights are linked or copied,
+    and every graph is run once. ``sampling`` is what a loop must know, see ``bare_sampling``.
+
+    Raises:
+        SourceError: a file is missing, damaged, or has operators that engines here do not know. EngineError: it cannot be run.
+        ArgumentError: names, axes or shapes that do not fit the role. OutputError: see ``export``. MissingExtra: see ``export``.
+    """
+    if not models:
+        raise ArgumentError("There is no ONNX file to import", do="Give one or more.")
+    with new_folder(Path(output)) as folder:
+        require("onnx_ir", extra="export", purpose="Importing ONNX files")
+        from edgediffusion.export.imported import write_imported
+
+        write_imported(models, folder, sampling=sampling, link=link, progress=progress)
+    return Bundle.open(output, verify=False)
+
+
+def _refuse_sampling(role: str, sampling: Sampling | None) -> None:
+    if role == "denoise" and sampling is None:
+        raise ArgumentError(
+            "A denoiser needs the facts about sampling", do="Make them with edgediffusion.export.bare_sampling.sampling_of."
+        )
 
 
 def _opset(opset: int | None, dtype: str, target: str | None) -> int:

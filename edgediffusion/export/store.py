@@ -37,6 +37,11 @@ class Planned:
     values: Callable[[], bytes | Iterable[bytes]]
 
 
+def planned(tensor: ir.TensorProtocol) -> Planned:
+    """A tensor as it is."""
+    return Planned(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes)
+
+
 def write_tensors(file: Path, tensors: Mapping[str, Planned]) -> dict[str, Stored]:
     """Write ``tensors`` to a new file; returns where each of them lies in it."""
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # wide ones first keeps all aligned
