@@ -61,6 +61,7 @@ def draw(
     *,
     target: str | None,
     rebuild: bool = False,
+    max_memory: str | None = None,
     progress: Callable[[str, float], None],
     cache: str | None = None,
     images: Sequence[Path] = (),
@@ -89,7 +90,7 @@ def draw(
     opened = ready(bundle, target=target, rebuild=rebuild, plan=lambda facts: plan(request, facts), progress=progress)
     if asked is None and opened.with_role("encode"):
         raise ArgumentError("This bundle draws what a text says", do='Say it: --prompt "...".')
-    pipeline = Pipeline.from_bundle(opened, target=target, cache=cache)
+    pipeline = Pipeline.from_bundle(opened, target=target, cache=cache, max_memory=max_memory)
     result = pipeline(asked, callback=lambda step: progress("sampling", (step.index + 1) / step.total), **options)
     pictures = result.images if len(files) > 1 else [grid(result.images)]
     for file, picture in zip(files, pictures, strict=True):

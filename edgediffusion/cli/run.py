@@ -69,6 +69,9 @@ _PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @seed_option
 @engines_option
 @rebuild_option
+@click.option(
+    "--max-memory", default=None, metavar="SIZE", help="What this may take in memory, as 6GB; says what was traded to stay within it."
+)
 @output_option("IMAGE", "The picture to write: .png, .jpg or .webp.")
 @click.option("--force", is_flag=True, help="Replace pictures that exist.")
 @json_option
@@ -83,6 +86,7 @@ def command(output: Path, layout: str, force: bool, as_json: bool, **options: An
       edgediffusion run bundle-cpu --prompt "a (red:1.4) [small] heart" --prompt-weights -o red.png
       edgediffusion run digits-cpu --class-label 3 --class-label 7 -o digits.png
       edgediffusion run bundle-cpu --prompt "a forest" --width 2048 --height 1024 --tile 512 -o wide.png
+      edgediffusion run bundle-cpu --prompt "a red heart" --max-memory 6GB -o heart.png
     """
     from edgediffusion.cli._draw import Drawing, draw
     from edgediffusion.cli._progress import Progress

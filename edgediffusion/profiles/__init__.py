@@ -13,6 +13,7 @@ from edgediffusion.bundle import Bundle
 from edgediffusion.profiles import latency, memory
 from edgediffusion.profiles.latency import Latency
 from edgediffusion.profiles.memory import Memory
+from edgediffusion.runtimes.any_picture import any_picture
 from edgediffusion.runtimes.pipeline import Pipeline
 
 __all__ = ["Latency", "Memory", "Profile", "machine", "profile"]
@@ -66,7 +67,7 @@ def _cached_step_ms(bundle: Bundle, cache: str, target: str | None, threads: int
     means = []
     for picture in range(1 + _PICTURES):
         progress("caching", picture / (1 + _PICTURES))
-        times = pipeline("", seed=picture).timings.step_ms
+        times = pipeline(**any_picture(bundle), seed=picture).timings.step_ms
         means.append(sum(times) / len(times))
     return statistics.median(means[1:])
 

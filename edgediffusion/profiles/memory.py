@@ -15,6 +15,7 @@ _WORKER = """
 import json, sys, time
 started = time.perf_counter()
 from edgediffusion.runtimes import Pipeline
+from edgediffusion.runtimes.any_picture import any_picture
 import edgediffusion.runtimes.pipeline
 def peak():
     if not sys.platform.startswith("linux"):
@@ -25,7 +26,7 @@ def peak():
 before, asked = peak(), json.loads(sys.argv[1])
 pipeline = Pipeline.from_bundle(asked["bundle"], target=asked["target"], threads=asked["threads"], cache=asked["cache"])
 loaded = time.perf_counter()
-pipeline("", num_inference_steps=asked["steps"])
+pipeline(**any_picture(pipeline.bundle), num_inference_steps=asked["steps"])
 print(json.dumps({"before": before, "peak": peak(), "load_s": loaded - started, "run_s": time.perf_counter() - loaded}))
 """
 

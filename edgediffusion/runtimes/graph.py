@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -13,11 +15,32 @@ from edgediffusion.registry import find
 from edgediffusion.runtimes import engine_manifest, preflight
 from edgediffusion.runtimes.engines import Binding, Session
 
+_T = TypeVar("_T")
+# Buffers of so many sets of shapes are kept for each graph. A picture that is decoded in tiles has four (within, at the right edge, at the
+# lower one, in the corner): so two sizes of pictures in turn make none anew, and a service that draws any size does not grow.
+KEPT_SHAPES = 8
+
+
+class Recent(Generic[_T]):
+    """What was made for keys, of which the last ``most`` that were asked for are kept."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._made: OrderedDict[Hashable, _T] = OrderedDict()
+
+    def __call__(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        if key not in self._made:
+            while len(self._made) >= self._most:  # before the next is made: they need not fit together
+                self._made.popitem(last=False)
+            self._made[key] = make()
+        self._made.move_to_end(key)
+        return self._made[key]
+
 
 class Graph:
     def __init__(self, component: Component, session: Session):
         self.component, self.session = component, session
-        self._bindings: dict[tuple[tuple[str, int], ...], Binding] = {}
+        self._bindings = Recent[Binding](KEPT_SHAPES)
 
     @property
     def name(self) -> str:
@@ -41,9 +64,7 @@ class Graph:
             ArgumentError: a fixed axis has another size. BundleError: two tensors disagree about an axis.
         """
         key = tuple(sorted(self._axes(shapes).items()))
-        if key not in self._bindings:
-            self._bindings[key] = self.session.bind(dict(key))
-        return self._bindings[key]
+        return self._bindings(key, lambda: self.session.bind(dict(key)))
 
     def join(self, shapes: Mapping[str, Sequence[int | str]], shared: Mapping[str, np.ndarray]) -> Binding:
         """New buffers, as ``bind`` makes them, except for the tensors that have an array in ``shared``.
@@ -93,8 +114,10 @@ def open_graphs(bundle: Bundle, roles: Sequence[str], *, target: str | None, thr
     return open_components(bundle, [c for c in bundle.components if c.role in roles], target=target, threads=threads)
 
 
-def open_components(bundle: Bundle, components: Sequence[Component], *, target: str | None, threads: int | None) -> tuple[Graph, ...]:
-    """Load components of a bundle: built engines, or the ONNX files by ONNX Runtime.
+def open_components(
+    bundle: Bundle, components: Sequence[Component], *, target: str | None, threads: int | None, lean: bool = False
+) -> tuple[Graph, ...]:
+    """Load components of a bundle: built engines, or the ONNX files by ONNX Runtime. ``lean`` is for engines that have it.
 
     Raises:
         EngineError, BundleError, ArgumentError: see ``engine_manifest``.
@@ -106,7 +129,10 @@ def open_components(bundle: Bundle, components: Sequence[Component], *, target: 
         manifest = engine_manifest.read(bundle, chosen)
         preflight.check(manifest, bundle, chosen)
         files = {c.name: _built_file(bundle, manifest, chosen, c.name) for c in components}
-    sessions = {name: find("runtimes.engines", engine).open_session(file, threads=threads) for name, (engine, file) in files.items()}
+    options = {"lean": True} if lean else {}
+    sessions = {
+        name: find("runtimes.engines", engine).open_session(file, threads=threads, **options) for name, (engine, file) in files.items()
+    }
     return tuple(Graph(c, sessions[c.name]) for c in components)
 
 

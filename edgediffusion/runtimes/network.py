@@ -14,9 +14,12 @@ import numpy as np
 
 from edgediffusion.bundle import Bundle, Component, TensorSpec
 from edgediffusion.errors import BundleError
+from edgediffusion.runtimes import control
+from edgediffusion.runtimes.control import PICTURE, SCALE, Controls
 from edgediffusion.runtimes.engines import Binding
-from edgediffusion.runtimes.graph import Graph
+from edgediffusion.runtimes.graph import KEPT_SHAPES, Graph, Recent
 
+_KEPT = 2 * KEPT_SHAPES  # a size of pictures may have eight: with and without guidance, its rows apart, and the same aside
 PREDICTION = "out_sample"  # what every family's graphs call their prediction
 
 Inputs = Mapping[str, np.ndarray]
@@ -28,6 +31,7 @@ class Call:
 
     ``sample`` is float32 [images, ...]; ``conditions`` have [rows, ...] each, where rows are a multiple of images.
     ``observe`` is given what the graphs are fed when the whole network runs for this call; it has to copy what it keeps.
+    ``scales`` are those of the ControlNets at this call.
     """
 
     number: int
@@ -35,6 +39,7 @@ class Call:
     timestep: float
     conditions: Inputs
     observe: Callable[[Inputs], None] | None = None
+    scales: tuple[float, ...] = ()
 
 
 Network = Callable[[Call], np.ndarray]  # -> [rows, ...], the prediction, to be read before the next call
@@ -59,8 +64,10 @@ class Policy(Protocol):
 class Joined:
     """Graphs whose tensors of one name are one array: each is written once, by the loop or by one graph, and read by all."""
 
-    def __init__(self, graphs: Sequence[Graph], shapes: Mapping[str, Sequence[int | str]]):
+    def __init__(self, graphs: Sequence[Graph], shapes: Mapping[str, Sequence[int | str]], controls: Sequence[Graph] = ()):
         """``shapes`` of what the loop feeds; sizes of the other tensors follow, each graph's after those before it.
+
+        ``controls`` are ControlNets, which run before the graphs that take what they give.
 
         Raises:
             BundleError: a graph reads what neither the loop nor a graph before it gives.
@@ -69,13 +76,16 @@ class Joined:
         self.user: Network | None = None  # whose call ran last
         self.arrays: dict[str, np.ndarray] = {}
         self._bindings: dict[str, Binding] = {}
-        for graph in graphs:
-            lacking = {spec.name for spec in graph.session.inputs} - {"timestep", *shapes} - set(self.arrays)
+        scales = {spec.name for graph in controls for spec in graph.session.inputs if spec.name.startswith(SCALE)}
+        for graph in (*controls, *graphs):
+            lacking = {spec.name for spec in graph.session.inputs} - {"timestep", *scales, *shapes} - set(self.arrays)
             if lacking:
                 raise BundleError(f"Nothing gives what the graph '{graph.name}' takes", got=", ".join(sorted(lacking)))
             binding = graph.join(shapes, self.arrays)
             self.arrays.update({**binding.inputs, **binding.outputs})
             self._bindings[graph.name] = binding
+        self._controls = Controls([(graph.component, self._bindings[graph.name]) for graph in controls])
+        self._cuts = {component.name: component.cut for component in self.components}
 
     def feed(self, call: Call) -> None:
         # The conditions are written each time, although they do not change: another loop may use the same buffers.
@@ -84,14 +94,19 @@ class Joined:
         timestep = self.arrays["timestep"]
         timestep[...] = round(call.timestep) if timestep.dtype.kind in "iu" else call.timestep
         self.arrays["sample"].reshape(-1, *call.sample.shape)[...] = call.sample
+        self._controls.feed(call)
 
     def observed(self, call: Call) -> None:
         """Tell the call's observer what was fed."""
-        if call.observe is not None:
-            call.observe({name: self.arrays[name] for name in ("sample", "timestep", *call.conditions)})
+        if call.observe is None:
+            return
+        self._controls.lead(None)
+        fed = [name for name in call.conditions if not name.startswith(PICTURE)]
+        call.observe({name: self.arrays[name] for name in ("sample", "timestep", *fed, *self._controls.gives)})
 
     def run(self, name: str) -> np.ndarray:
         """Run a graph; the array that holds the prediction, whether this graph writes it or not."""
+        self._controls.lead(self._cuts[name])
         self._bindings[name].run()
         return self.arrays[PREDICTION]
 
@@ -107,7 +122,7 @@ class Graphs:
     def __init__(self, bundle: Bundle, loaded: Iterable[Graph], load: Callable[[Sequence[Component]], Sequence[Graph]]):
         self._bundle, self._load = bundle, load
         self._graphs = {graph.name: graph for graph in loaded}
-        self._joined: dict[object, Joined] = {}
+        self._joined = Recent[Joined](_KEPT)
 
     def of(self, policy: Policy) -> tuple[Graph, ...]:
         """The graphs that a policy runs, loaded.
@@ -115,24 +130,28 @@ class Graphs:
         Raises:
             BundleError: the bundle lacks one.
         """
-        components = policy.components(self._bundle)
+        return self._opened(policy.components(self._bundle))
+
+    def controls(self, policy: Policy) -> tuple[Graph, ...]:
+        """The ControlNets that lead these graphs, loaded."""
+        return self._opened(control.components(self._bundle, policy.components(self._bundle)))
+
+    def _opened(self, components: Sequence[Component]) -> tuple[Graph, ...]:
         if missing := [c for c in components if c.name not in self._graphs]:
             self._graphs.update({graph.name: graph for graph in self._load(missing)})
         return tuple(self._graphs[c.name] for c in components)
 
     def inputs(self, policy: Policy) -> tuple[TensorSpec, ...]:
         """What the loop must feed: the inputs that no graph of the policy gives."""
-        graphs = self.of(policy)
+        graphs = (*self.of(policy), *self.controls(policy))
         given = {spec.name for graph in graphs for spec in graph.session.outputs}
         return tuple({spec.name: spec for graph in graphs for spec in graph.session.inputs if spec.name not in given}.values())
 
     def network(self, policy: Policy, shapes: Mapping[str, Sequence[int | str]], calls: int, *, aside: str = "") -> Network:
         """The network for one picture. One that is ``aside`` has buffers of that name, so that the picture's keep what they hold."""
-        graphs = self.of(policy)
+        graphs, controls = self.of(policy), self.controls(policy)
         key = (aside, *(graph.name for graph in graphs), *sorted((name, tuple(shape)) for name, shape in shapes.items()))
-        if key not in self._joined:
-            self._joined[key] = Joined(graphs, shapes)
-        return in_order(policy, self._joined[key], calls)
+        return in_order(policy, self._joined(key, lambda: Joined(graphs, shapes, controls)), calls)
 
 
 def in_order(policy: Policy, graphs: Joined, calls: int) -> Network:

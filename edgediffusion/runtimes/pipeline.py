@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgediffusion.bundle import Bundle, Component, Sampling
+from edgediffusion.bundle import CONTROL, Bundle, Component, Sampling
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
 from edgediffusion.runtimes import caching, correcting, preflight
 from edgediffusion.runtimes import noise as noises
 from edgediffusion.runtimes.autoencoder import Autoencoder
 from edgediffusion.runtimes.calls import in_halves, with_channels
 from edgediffusion.runtimes.conditions import Conditions
+from edgediffusion.runtimes.control import with_scales
 from edgediffusion.runtimes.corrections import Deployment, Starts
 from edgediffusion.runtimes.denoiser import Denoiser, Observe
 from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph, open_components
 from edgediffusion.runtimes.loop import Loop, Result, Step, Timings, since
+from edgediffusion.runtimes.memory_stages import Bounded
 from edgediffusion.runtimes.network import Graphs, Network, Policy
 from edgediffusion.runtimes.painting import Canvas, Start
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
@@ -33,10 +35,10 @@ from edgediffusion.runtimes.text_encoder import TextEncoder
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ROLES = ("encode", "decode")  # always loaded; of the denoising graphs those that the caching policy runs
+ROLES = ("encode", CONTROL, "decode")  # always loaded; of the denoising graphs those that the caching policy runs
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 _OF_PICTURES = {"negative_prompt", "prompt_weights", "class_labels", "image", "mask_image", "strength"} | {
-    *("height", "width", "num_images", "latents", "tile")
+    *("height", "width", "num_images", "latents", "tile", "control_image")
 }
 
 
@@ -63,11 +65,14 @@ class Pipeline:
         *,
         cache: str | Policy | None = None,
         load: Callable[[Sequence[Component]], Sequence[Graph]] | None = None,
+        bounded: Bounded | None = None,
     ):
-        """``sessions`` by component name. Components without one are not used, or opened by ``load`` when they are needed."""
+        """``sessions`` by component name. Components without one are not used, or opened by ``load`` when they are needed. With
+        ``bounded``, plans are made to fit its memory."""
         graphs = [Graph(c, sessions[c.name]) for c in bundle.components if c.name in sessions]
         self.bundle = bundle
         self.sampling = _sampling(bundle)
+        self._bounded = bounded
         self._policy = caching.resolve(cache)
         self._graphs = Graphs(bundle, graphs, load or _refuse_to_load)
         self._denoise = self._graphs.of(self._policy)[0]
@@ -87,6 +92,7 @@ class Pipeline:
         threads: int | None = None,
         cache: str | Policy | None = None,
         rebuild: bool = False,
+        max_memory: str | float | None = None,
     ) -> Pipeline:
         """Load what drawing needs.
 
@@ -94,6 +100,7 @@ class Pipeline:
         were built for, or the ONNX files where none were. ``threads`` is by default all cores this process may use. ``cache``
         is a policy of ``runtimes.caching`` for requests that name none; what another one needs is loaded when it is asked for.
         With ``rebuild``, engines that do not fit what is here are built anew first, and the bundle is replaced (``preflight.ready``).
+        ``max_memory`` is what this process may have in memory, as ``6GB`` or in bytes: see ``memory.py`` for what is traded for it.
 
         Raises:
             BundleError: no bundle, not one that can draw, or without the cut that the policy needs.
@@ -106,10 +113,11 @@ class Pipeline:
         elif not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         _sampling(bundle)  # refused before minutes of loading
-        load = partial(open_components, bundle, target=target, threads=threads)
         policy = caching.resolve(cache)
+        bounded = None if max_memory is None else Bounded(bundle, max_memory, policy, target=target, threads=threads)
+        load = partial(open_components, bundle, target=target, threads=threads) if bounded is None else bounded.load
         graphs = load([*(c for c in bundle.components if c.role in ROLES), *policy.components(bundle)])
-        return cls(bundle, {graph.name: graph.session for graph in graphs}, cache=policy, load=load)
+        return cls(bundle, {graph.name: graph.session for graph in graphs}, cache=policy, load=load, bounded=bounded)
 
     def __call__(
         self,
@@ -131,7 +139,7 @@ class Pipeline:
             Cancelled: the callback stopped the work.
         """
         request = Request(prompt, **options)
-        settled = plan(request, self.sampling)
+        settled = self._settled(request)
         started = time.perf_counter()
         conditions, warnings = self._conditions(request, settled)
         encode_ms, times, latents = since(started), [], None
@@ -143,7 +151,8 @@ class Pipeline:
         started = time.perf_counter()
         pixels = self._autoencoder.decode(latents, tile=settled.tile)
         seeds = (request.seed,) if isinstance(request.seed, int) else tuple(request.seed)
-        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), since(started)), (*settled.warnings, *warnings))
+        warnings = (*settled.warnings, *warnings, *self._exceeded())
+        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), since(started)), warnings)
 
     def steps(
         self,
@@ -155,14 +164,14 @@ class Pipeline:
     ) -> Iterator[Step]:
         """The loop itself: a generator of steps, left by ``break`` or ``close``. Arguments as for a call."""
         request = Request(prompt, **options)
-        settled = plan(request, self.sampling)
+        settled = self._settled(request)
         conditions, _ = self._conditions(request, settled)
         return self._loop(request, settled, conditions, observe, correction)
 
     def predictor(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Callable[[np.ndarray, int], np.ndarray]:
         """``predict(x, i)``: the guided prediction for x, float32 [images, c, h, w], at step i. Arguments as for a call."""
         request = Request(prompt, **options)
-        settled = plan(request, self.sampling)
+        settled = self._settled(request)
         start = self._start(request, settled, self._noise(request, settled))
         denoiser = self._denoiser(settled, self._conditions(request, settled)[0], start.beside)
         return lambda x, i: denoiser.predict(x, settled.points.at[i])
@@ -199,7 +208,7 @@ class Pipeline:
         if useless := sorted(_OF_PICTURES & set(options)):
             raise ArgumentError("These options have no meaning for a bare loop", got=", ".join(useless))
         request = replace(Request(**options), num_images=len(sample))
-        settled = plan(request, self.sampling)
+        settled = self._settled(request)
         if unconditional is None and options.get("guidance_scale") is not None and settled.classifier_free:
             raise ArgumentError("Guidance needs the conditions that it leads away from", do="Give them as unconditional.")
         guided = settled.classifier_free and unconditional is not None
@@ -214,8 +223,10 @@ class Pipeline:
 
     def prepared(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Prepared:
         """What a loop of another shape needs, such as that of a stream. Arguments as for a call."""
+        if self._conditions.controls:
+            raise ArgumentError("A stream is not led by control pictures", do="Export the pipeline without its ControlNet.")
         request = Request(prompt, **options)
-        settled = plan(request, self.sampling)
+        settled = self._settled(request)
         return Prepared(settled, self._conditions(request, settled)[0], self._denoise, self._autoencoder)
 
     def _loop(
@@ -248,6 +259,14 @@ class Pipeline:
         denoiser = replace(denoiser, corrector=corrector)
         pixels = partial(self._autoencoder.decode, tile=plan.tile)
         return iter(Loop(plan.sampler, plan.points, denoiser, start.x, corrector.noise(noise), corrector, pixels, self._named, start.keep))
+
+    def _settled(self, request: Request) -> Plan:
+        """The plan of a request, as it fits the memory that there is."""
+        settled = plan(request, self.sampling)
+        return settled if self._bounded is None else self._bounded.settle(settled)
+
+    def _exceeded(self) -> tuple[str, ...]:
+        return () if self._bounded is None else self._bounded.exceeded()
 
     def _noise(self, request: Request, plan: Plan) -> noises.Noise:
         return noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
@@ -293,7 +312,7 @@ class Pipeline:
 
         def network(aside: str) -> Network:
             asked = in_halves(ask(aside=f"{aside} unconditional"), ask(aside=aside)) if apart else ask(aside=aside)
-            return with_channels(asked, beside)
+            return with_channels(with_scales(asked, plan.control.leads(self._conditions.controls), plan.points), beside)
 
         return Denoiser(network(""), partial(network, "aside"), self.sampling.prediction, plan.points, conditions)
 

@@ -38,8 +38,8 @@ class StandIn:
     asked: dict[str, Any]
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, *, target: str | None = None, cache: str | None = None) -> StandIn:
-        cls.asked = {"bundle": bundle, "target": target}
+    def from_bundle(cls, bundle: Bundle, *, target: str | None = None, cache: str | None = None, max_memory: str | None = None) -> StandIn:
+        cls.asked = {"bundle": bundle, "target": target, "max_memory": max_memory}
         return cls()
 
     def __call__(self, prompts: tuple[str, ...], *, callback: Callable[[Step], object], **options: Any) -> Any:

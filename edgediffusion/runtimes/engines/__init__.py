@@ -13,6 +13,7 @@ An engine may have also
     compute_capability() -> str         that of the GPU here; EngineError if there is none. Its engines are for a GPU
     portable: tuple[str, ...]           what engine.json says that need not be the same where engines run
     invalidity(file) -> str             the library's own verdict on an engine file: why it would not load here, or ""
+    open_session(..., lean=True)        memory is given back between nodes: for runs within a bound (runtimes/memory.py)
     time_nodes(files, feeds, *, runs, threads) -> list[tuple[NodeTime, ...]]    what each node of a graph takes
 
 A vendor library is imported inside functions only, so naming an engine never loads it.

@@ -62,13 +62,16 @@ def build(model: Path, engine: Path, *, threads: int | None = None) -> None:
         _session(model, options)
 
 
-def open_session(file: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
+def open_session(file: Path, *, threads: int | None = None, lean: bool = False) -> OnnxRuntimeSession:
     """Load an engine that ``build`` made, or any ONNX file. ``threads`` is by default the cores this process may use.
+
+    A ``lean`` session gives memory back to the system when a node is done with it, where it else keeps an arena, which grows by doubling.
 
     Raises:
         EngineError: the file is missing, damaged, or uses an operator that ONNX Runtime does not have.
     """
     options = _options(threads, optimize=not file.name.endswith(suffix))
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
     with _mapped(f"ONNX Runtime could not load '{file.parent.name}/{file.name}'"):
         return OnnxRuntimeSession(_session(file, options))
 
