@@ -66,6 +66,9 @@ def draw(
     cache: str | None = None,
     images: Sequence[Path] = (),
     masks: Sequence[Path] = (),
+    control_images: Sequence[Path] = (),
+    control_scales: Sequence[float] = (),
+    control_part: Sequence[float] | None = None,
     class_labels: Sequence[int] = (),
     **options: Any,
 ) -> Drawn:
@@ -84,6 +87,12 @@ def draw(
     progress("loading", 0.0)
     options |= {"image": _single([open_image(file) for file in images]), "mask_image": _single([open_image(file) for file in masks])}
     options["class_labels"] = _single(class_labels)
+    if control_images:
+        options["control_image"] = _single([open_image(file) for file in control_images])
+    if control_scales:
+        options["controlnet_conditioning_scale"] = _single(control_scales)
+    if control_part is not None:
+        options["control_guidance_start"], options["control_guidance_end"] = _pair("--control-part", control_part)
     asked = prompts or None
     request = Request(asked, cache=cache, **{name: value for name, value in options.items() if name != "correction"})
     # What cannot be drawn, or not by these engines, is refused before minutes of loading.
@@ -98,6 +107,12 @@ def draw(
             picture.save(partial, format=_FORMATS[file.suffix.lower()])
     times = result.timings
     return Drawn(tuple(map(str, files)), tuple(prompts), result.seeds, times.encode_ms, times.step_ms, times.decode_ms, result.warnings)
+
+
+def _pair(option: str, given: Sequence[float]) -> Sequence[float]:
+    if len(given) != 2:
+        raise ArgumentError(f"{option} takes two numbers", got=", ".join(f"{number:g}" for number in given))
+    return given
 
 
 def _single(given: Sequence[Any]) -> Any:

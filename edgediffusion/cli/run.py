@@ -24,7 +24,7 @@ _PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.command()
 @bundle_argument
 @click.option("--prompt", "prompts", multiple=True, help="What the picture shows; may be given several times.")
-@click.option("--negative-prompt", default="", help="What it should not show.")
+@click.option("--negative-prompt", default=None, help="What it should not show.")
 @click.option("--prompt-weights", is_flag=True, help="Read (words:1.3), (words) and [words] in prompts as more or less of them.")
 @click.option(
     "--class-label",
@@ -37,6 +37,17 @@ _PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--mask", "masks", type=_PICTURE, multiple=True, help="Paint anew where this picture is white; the rest is kept.")
 @click.option(
     "--strength", type=click.FloatRange(0, 1, min_open=True), default=None, help="How far from --image; 0.8 by default, 1 with --mask."
+)
+@click.option(
+    "--control-image",
+    "control_images",
+    type=_PICTURE,
+    multiple=True,
+    help="Lead a ControlNet by this picture, or by one for each prompt; for several ControlNets one for each of them.",
+)
+@click.option("--control-scale", "control_scales", type=float, multiple=True, help="How strongly; 1 by default. One for each ControlNet.")
+@click.option(
+    "--control-part", callback=numbers, default=None, metavar="START,END", help="Lead between these parts of the steps only: 0,0.5."
 )
 @click.option("--steps", "num_inference_steps", type=click.IntRange(min=1), default=None, help="The bundle says by default.")
 @click.option("--timesteps", callback=numbers, default=None, metavar="T,T,...", help="Training timesteps, one a step, instead of --steps.")
@@ -52,6 +63,15 @@ _PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--height", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
 @click.option("--width", type=click.IntRange(min=1), default=None, help="Pixels; the bundle says how many by default.")
+@click.option(
+    "--original-size", callback=numbers, default=None, metavar="H,W", help="What networks that are told sizes are told of the source."
+)
+@click.option(
+    "--crop", "crops_coords_top_left", callback=numbers, default=None, metavar="TOP,LEFT", help="Where it was cropped; 0,0 by default."
+)
+@click.option(
+    "--target-size", callback=numbers, default=None, metavar="H,W", help="What size it shall look like; that of the picture by default."
+)
 @click.option("--tile", type=click.IntRange(min=1), default=None, help="Decode in tiles of so many pixels a side, for large pictures.")
 @click.option(
     "--guidance-batch", type=click.Choice(["joint", "separate"]), default="joint", show_default=True, help="separate takes less memory."
@@ -83,6 +103,7 @@ def command(output: Path, layout: str, force: bool, as_json: bool, **options: An
       edgediffusion run bundle-cpu --prompt "a red heart" --steps 20 --seed 7 -o heart.png
       edgediffusion run bundle-cpu --prompt "a gold heart" --image heart.png --strength 0.6 -o gold.png
       edgediffusion run bundle-cpu --prompt "a leaf" --image heart.png --mask left-half.png -o leaf.png
+      edgediffusion run bundle-cpu --prompt "a room" --control-image edges.png --control-scale 0.8 -o room.png
       edgediffusion run bundle-cpu --prompt "a (red:1.4) [small] heart" --prompt-weights -o red.png
       edgediffusion run digits-cpu --class-label 3 --class-label 7 -o digits.png
       edgediffusion run bundle-cpu --prompt "a forest" --width 2048 --height 1024 --tile 512 -o wide.png

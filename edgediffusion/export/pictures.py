@@ -61,7 +61,10 @@ def asked(theirs: Any, sampling: Sampling, prompt: str, run: Run) -> Asked:
         both["strength"] = STRENGTH
     if "mask_image" in taken:
         both["mask_image"] = _right_half(size)
+    both |= {"height": sampling.height, "width": sampling.width}
     both = {name: value for name, value in both.items() if name in taken}
+    if "use_resolution_binning" in taken:
+        other["use_resolution_binning"] = False  # sizes are drawn as asked, not the nearest of a table
     if "class_labels" in taken and "guidance_scale" not in taken:
         both.pop("class_labels")
     if led:

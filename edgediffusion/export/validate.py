@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 
-from edgediffusion.bundle import Bundle, Sampling, axis_size
+from edgediffusion.bundle import CONTROL, CUT_ROLES, Bundle, Sampling, axis_size
 from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.export import Progress
 from edgediffusion.export.families import Axis, Part, Tensor, family_of
@@ -26,7 +26,7 @@ from edgediffusion.runtimes.request import Request, plan
 
 PROMPTS = ("a red heart", "an ankle boot", "")
 MOST_DB = 150.0  # of pictures that are equal; float32 cannot tell anything closer
-_ROLES = ("encode", "control", "denoise", "decode", "encode_image")
+_ROLES = ("encode", CONTROL, "denoise", "decode", "encode_image")
 _MOMENT = 0.421  # of the noise schedule, for the timestep of a single call
 
 
@@ -104,7 +104,7 @@ def validate(
         calls = _calls(part, origin.load(part.network), sampling)
         components += _compare_graph(graphs[part.name], calls)
         for component in bundle.components if part.cuts is not None else ():
-            if component.cut is not None:  # one at a time: each may hold as many weights as the whole
+            if component.role in CUT_ROLES:  # one at a time: each may hold as many weights as the whole
                 (graph,) = open_components(bundle, [component], target=target, threads=None)
                 components += _compare_graph(graph, calls)
     ours, theirs = Pipeline(bundle, {name: graph.session for name, graph in graphs.items()}), _diffusers(origin, settled.sampler)
@@ -196,9 +196,9 @@ def _example(tensor: Tensor, sizes: Mapping[str, int], network: Any, sampling: S
 
 
 def _size(axis: int | Axis, sizes: Mapping[str, int]) -> int:
+    """Of an axis: its own, that of what it is a part of, or that of its example, where it has nothing to do with pictures."""
     found = axis if isinstance(axis, int) else axis_size(axis.name, sizes)
-    assert found is not None  # a graph's axes are those of pictures and their parts
-    return found
+    return found if found is not None else axis.example  # type: ignore[union-attr]
 
 
 def _moment(sampling: Sampling) -> float:

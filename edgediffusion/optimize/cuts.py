@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgediffusion.bundle import Bundle, Component
+from edgediffusion.bundle import CUT_ROLES, Bundle, Component
 from edgediffusion.errors import ArgumentError
 
 
@@ -20,7 +20,7 @@ def parts_of(bundle: Bundle, denoisers: Sequence[Component], stages: int = 1) ->
     Raises:
         ArgumentError: there are several denoisers, or will be as many as ``stages``: which of them a feature is from is not known.
     """
-    found = tuple(component for component in bundle.components if component.cut is not None)
+    found = tuple(component for component in bundle.components if component.role in CUT_ROLES)
     if found and max(len(denoisers), stages) > 1:
         raise ArgumentError(
             "A denoiser with a graph for each stage of sampling cannot be cut",

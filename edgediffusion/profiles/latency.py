@@ -83,7 +83,7 @@ def axes_of(bundle: Bundle, component: Component, batch: int) -> dict[str, int]:
     facts = bundle.sampling
     if facts is None:
         return {"batch": batch}
-    rows = 2 * batch if component.role.startswith("denoise") and facts.guidance == "classifier-free" else batch
+    rows = 2 * batch if component.role.startswith(("denoise", "control")) and facts.guidance == "classifier-free" else batch
     height, width = facts.height, facts.width
     latent = {"height": height // facts.downsampling, "width": width // facts.downsampling}
     return {"batch": rows, **latent, "image_height": height, "image_width": width}

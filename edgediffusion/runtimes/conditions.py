@@ -8,6 +8,7 @@ import numpy as np
 
 from edgediffusion.bundle import Sampling, TensorSpec
 from edgediffusion.errors import ArgumentError, BundleError
+from edgediffusion.runtimes.control import PICTURE, SCALE
 from edgediffusion.runtimes.denoiser import guidance_embedding
 from edgediffusion.runtimes.request import Plan, Request
 from edgediffusion.runtimes.text_encoder import Encoded, TextEncoder
@@ -26,7 +27,8 @@ class Conditions:
             BundleError: several encoders give an input, and side by side it is not as wide as it is taken.
         """
         self._sampling, self._denoiser, self._encoders = sampling, denoiser, tuple(encoders)
-        self._wanted = {spec.name for spec in inputs} - set(_LOOP_INPUTS)
+        self._wanted = {spec.name for spec in inputs if not spec.name.startswith(SCALE)} - set(_LOOP_INPUTS)
+        self._pictures = sorted((spec for spec in inputs if spec.name.startswith(PICTURE)), key=lambda spec: spec.name)
         for spec in inputs:
             widths = [encoder.widths[spec.name] for encoder in self._encoders if spec.name in encoder.widths]
             if len(widths) > 1 and sum(widths) != spec.shape[-1]:
@@ -46,6 +48,7 @@ class Conditions:
         conditions, warnings = self._texts(request, plan)
         warnings += self._classes(plan, conditions)
         self._sizes(plan, conditions)
+        warnings += self._lead(request, plan, conditions)
         lacking = self._wanted - set(conditions)
         if _LABELS in lacking:
             raise ArgumentError("This network draws one class or another", do="Say which with class_labels.")
@@ -84,8 +87,12 @@ class Conditions:
     def _texts(self, request: Request, plan: Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         if request.prompt is None and self._encoders:
             raise ArgumentError("This network draws what a text says", do="Give a prompt; it may be an empty text.")
-        texts = (*plan.negatives, *plan.prompts) if plan.classifier_free else plan.prompts
-        encoded = [[encoder(text, weighted=request.prompt_weights) for encoder in self._encoders] for text in texts]
+        negatives = plan.negatives if plan.classifier_free else ()
+        texts = (*negatives, *plan.prompts)
+        encoded = [
+            [encoder(text, weighted=request.prompt_weights, negative=i < len(negatives)) for encoder in self._encoders]
+            for i, text in enumerate(texts)
+        ]
         conditions = {name: np.concatenate([_side_by_side(name, row) for row in encoded]) for name in self._given()}
         if plan.classifier_free and self._sampling.zero_unconditional and request.negative_prompt is None:
             for rows in conditions.values():
@@ -114,6 +121,20 @@ class Conditions:
         if _SIZES in self._wanted and plan.time_ids:
             told, away = plan.time_ids
             conditions[_SIZES] = np.array([*([away] * plan.images if plan.classifier_free else []), *([told] * plan.images)], np.float32)
+
+    def _lead(self, request: Request, plan: Plan, conditions: dict[str, np.ndarray]) -> tuple[str, ...]:
+        if not self._pictures:
+            return ("control_image has no effect: no ControlNet is in this bundle.",) if request.control_image is not None else ()
+        size = (plan.latent_shape[2] * self._sampling.downsampling, plan.latent_shape[3] * self._sampling.downsampling)
+        shown = plan.control.arrays(self._pictures, size, plan.images, plan.images // request.num_images)
+        rows = 2 if plan.classifier_free else 1
+        conditions |= {name: np.concatenate([levels] * rows) for name, levels in shown.items()}
+        return ()
+
+    @property
+    def controls(self) -> int:
+        """How many ControlNets lead the denoiser."""
+        return len(self._pictures)
 
     def _embedded(self, plan: Plan) -> dict[str, np.ndarray]:
         if self._sampling.guidance != "embedded":

@@ -76,7 +76,12 @@ def to_input(given: Sequence[Any], channels: int, height: int, width: int) -> np
     Raises:
         ArgumentError: an array of another size, number of channels or type.
     """
-    return np.stack([2 * _levels(picture, channels, height, width) - 1 for picture in given])
+    return 2 * to_levels(given, channels, height, width) - 1
+
+
+def to_levels(given: Sequence[Any], channels: int, height: int, width: int) -> np.ndarray:
+    """As ``to_input``, in 0..1."""
+    return np.stack([_levels(picture, channels, height, width) for picture in given])
 
 
 def to_mask(given: Sequence[Any], height: int, width: int) -> np.ndarray:

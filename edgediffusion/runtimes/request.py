@@ -12,6 +12,7 @@ import numpy as np
 from edgediffusion.bundle import NoiseSchedule, Sampling
 from edgediffusion.errors import ArgumentError, UnknownName
 from edgediffusion.runtimes import caching, subject
+from edgediffusion.runtimes.control import Control
 from edgediffusion.runtimes.denoiser import check_folded, check_predictable
 from edgediffusion.runtimes.guidance import Clip, Guidance, Threshold, dynamic_threshold, guidance
 from edgediffusion.runtimes.network import Policy
@@ -57,6 +58,10 @@ class Options(TypedDict, total=False):
     negative_target_size: Sequence[float] | None
     aesthetic_score: float
     negative_aesthetic_score: float
+    control_image: Any
+    controlnet_conditioning_scale: float | Sequence[float]
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Request:
     picture for all prompts or one per prompt, see ``runtimes.images`` and ``runtimes.painting``; the size is then the picture's,
     unless ``height`` and ``width`` say otherwise. ``tile`` is the side in pixels of what the autoencoder sees at a time.
     ``original_size`` and what is below it, down to the scores, is what some networks are told of sizes: see ``runtimes.time_ids``.
+    ``control_image`` leads a network with a ControlNet, between two parts of its calls: see ``runtimes.control``. It is as ``image``
+    is; for several ControlNets it is a list with one such for each, and numbers may be lists.
     ``guidance_batch`` is ``joint``, both rows of classifier-free guidance in one call, or ``separate``, which takes half the memory.
     """
 
@@ -111,6 +118,10 @@ class Request:
     negative_target_size: Sequence[float] | None = None
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
+    control_image: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ class Plan:
     tile: int | None
     separate: bool
     time_ids: tuple[tuple[float, ...], ...]
+    control: Control
     warnings: tuple[str, ...]
 
     @property
@@ -160,7 +172,10 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     name, sampler = resolve(request.sampler or sampling.sampler)
     steps, spacing = _steps(request, sampling)
     painted = painting(request.image, request.mask_image, request.strength)
-    height, width = subject.size(request, sampling, painted)
+    control = Control(
+        request.control_image, request.controlnet_conditioning_scale, request.control_guidance_start, request.control_guidance_end
+    )
+    height, width = subject.size(request, sampling, control.size if painted is None else painted.size)
     own = at_size(sampling.schedule, height, width)
     schedule = respaced(own, spacing)
     walk = _points(sampler, schedule, steps)
@@ -191,6 +206,7 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         tile=request.tile,
         separate=request.guidance_batch == "separate",
         time_ids=time_ids(request, sampling, (height, width)),
+        control=control,
         warnings=(
             *_warnings(request, sampling, scale),
             *_unspaced(sampler, own, schedule, walk, steps),

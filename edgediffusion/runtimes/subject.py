@@ -9,7 +9,6 @@ from edgediffusion.bundle import Sampling
 from edgediffusion.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from edgediffusion.runtimes.painting import Painting
     from edgediffusion.runtimes.request import Request
 
 
@@ -55,17 +54,17 @@ def labels(request: Request, sampling: Sampling, images: int) -> tuple[int, ...]
     return tuple(int(each[i * len(each) // images]) for i in range(images))
 
 
-def size(request: Request, sampling: Sampling, painted: Painting | None) -> tuple[int, int]:
-    """Height and width of what is drawn: as asked for, else the picture's that is painted over, else the bundle's.
+def size(request: Request, sampling: Sampling, shown: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of what is drawn: as asked for, else those of a picture that is ``shown`` to the network, else the bundle's.
 
     Raises:
         ArgumentError: a size that the network cannot draw.
     """
     multiple = sampling.size_multiple
-    if painted is None or sampling.fixed_size:
+    if shown is None or sampling.fixed_size:
         own = (sampling.height, sampling.width)
     else:  # rounded down, as diffusers does
-        height, width = (max(multiple, length // multiple * multiple) for length in painted.size)
+        height, width = (max(multiple, length // multiple * multiple) for length in shown)
         own = (height, width)
     height, width = (usual if asked is None else asked for asked, usual in zip((request.height, request.width), own, strict=True))
     if sampling.fixed_size and (height, width) != own:

@@ -37,7 +37,7 @@ class TextEncoder:
         self._wanted = wanted
         self._graph, self._spec = graph, graph.component.tokenizer
         self._tokenize = TextTokenizer(self._spec, folder)
-        self._known: dict[tuple[str, bool], Encoded] = {}
+        self._known: dict[tuple[str, bool, bool], Encoded] = {}
         self._kept_bytes = 0
 
     @property
@@ -53,16 +53,16 @@ class TextEncoder:
         shapes = {spec.name: spec.shape for spec in self._graph.session.outputs}
         return {fed: width for name, fed in self.names.items() if isinstance(width := shapes[name][-1], int)}
 
-    def __call__(self, text: str, *, weighted: bool = False) -> Encoded:
-        """What a text becomes; ``weighted`` reads the marks of ``prompt_weights`` in it.
+    def __call__(self, text: str, *, weighted: bool = False, negative: bool = False) -> Encoded:
+        """What a text becomes; ``weighted`` reads the marks of ``prompt_weights`` in it. ``negative`` says what not to draw.
 
         Raises:
             EngineError: the graph cannot run, or returned numbers that are not finite.
         """
-        key = (text, weighted)
+        key = (text, weighted, negative)
         found = self._known.pop(key, None)
         if found is None:
-            found = self._weighted(text) if weighted else self._encode(self._tokenize([text]))
+            found = self._weighted(text, negative) if weighted else self._encode(self._tokenize([text], negative=negative))
             self._kept_bytes += _bytes(found)
         self._known[key] = found  # behind all others: it is the last to go
         while self._kept_bytes > CACHED_BYTES and len(self._known) > 1:
@@ -77,15 +77,15 @@ class TextEncoder:
             require_finite(binding.outputs[name], self._graph.name)
         return Encoded({fed: binding.outputs[name].copy() for name, fed in self.names.items()}, tokens.cut[0])
 
-    def _weighted(self, text: str) -> Encoded:
+    def _weighted(self, text: str, negative: bool) -> Encoded:
         """Outputs that have an entry for each token take the weights; one for the whole text is left as it is."""
         prompt = prompt_weights.parse(text)
-        tokens = self._tokenize([prompt.text])
+        tokens = self._tokenize([prompt.text], negative=negative)
         found, length = self._encode(tokens), self._spec.length
         weights = prompt.of(tokens.spans[0], length)
         if (weights == 1).all():
             return found
-        empty = self("").conditions
+        empty = self("", negative=negative).conditions
         conditions = {
             name: prompt_weights.apply(states, empty[name], weights) if states.shape[1:-1] == (length,) else states
             for name, states in found.conditions.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgediffusion.bundle import Sampling
+from edgediffusion.bundle import SIZES, Sampling
 from edgediffusion.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -29,12 +29,10 @@ def time_ids(request: Request, sampling: Sampling, size: tuple[int, int]) -> tup
     given = {name: _pair(name, getattr(request, name)) for option in OPTIONS for name in (option, f"negative_{option}")}
     if not sampling.time_ids:
         return ()
-    defaults = (size, (0, 0), size)
-    told = [given[option] or default for option, default in zip(OPTIONS, defaults, strict=True)]
+    own: tuple[Pair, ...] = (size, (0, 0), size)
+    told = [given[option] or default for option, default in zip(OPTIONS, own, strict=True)]
     away = [given[f"negative_{option}"] or positive for option, positive in zip(OPTIONS, told, strict=True)]
-    return tuple(
-        _row(sampling, *sizes, score) for sizes, score in ((told, request.aesthetic_score), (away, request.negative_aesthetic_score))
-    )
+    return _row(sampling, told, request.aesthetic_score), _row(sampling, away, request.negative_aesthetic_score)
 
 
 def without_effect(request: Request, sampling: Sampling) -> tuple[str, ...]:
@@ -43,10 +41,9 @@ def without_effect(request: Request, sampling: Sampling) -> tuple[str, ...]:
     return (f"{' and '.join(names)} without effect: this network is told no sizes.",) if names and not sampling.time_ids else ()
 
 
-def _row(sampling: Sampling, original: Pair, crop: Pair, target: Pair, score: float) -> tuple[float, ...]:
-    known = dict(zip(("original_height", "original_width"), original, strict=True))
-    known |= dict(zip(("crop_top", "crop_left"), crop, strict=True))
-    known |= dict(zip(("target_height", "target_width"), target, strict=True))
+def _row(sampling: Sampling, pairs: Sequence[Pair], score: float) -> tuple[float, ...]:
+    """``pairs`` are those of ``OPTIONS``."""
+    known = dict(zip(SIZES, (number for pair in pairs for number in pair), strict=True))
     known["aesthetic_score"] = score
     return tuple(float(known[name]) for name in sampling.time_ids)
 

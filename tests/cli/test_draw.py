@@ -84,7 +84,7 @@ def test_a_picture_is_written_and_its_name_printed(bundle: Bundle, tmp_path: Pat
         2,
         None,
         None,
-        "",
+        None,
         1,
     )
     assert asked["bundle"] == bundle

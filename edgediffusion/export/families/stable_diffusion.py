@@ -7,6 +7,9 @@ fill in a part of a picture has further channels for the mask and for what is le
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from edgediffusion.bundle import Sampling
 from edgediffusion.export import autoencoder, conditional_unet, text_encoders
 from edgediffusion.export.families import Part, check_components
@@ -14,7 +17,7 @@ from edgediffusion.export.schedule import Scheduler, read_scheduler
 from edgediffusion.export.source import Source
 
 # Settings of their schedulers that these classes overrule.
-_OVERRULED: dict[str, dict[str, object]] = {
+_OVERRULED: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
     "StableDiffusionImg2ImgPipeline": {"steps_offset": 1, "clip_sample": False},
     "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
