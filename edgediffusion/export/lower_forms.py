@@ -123,9 +123,9 @@ def _refuse_formats(node: ir.Node, opset: int) -> None:
             raise Refused(f"{node.op_type} of {', '.join(sorted(code.name.lower() for code in newer if code))} is of opset {first}")
     if node.attributes.get_int("block_size", 0) and opset < 21:
         raise Refused(f"{node.op_type} with a scale for each block is of opset 21")
-    if node.attributes.get_int("precision", default=0):
+    if node.attributes.get_int("precision", 0):
         raise Refused(f"{node.op_type} with a precision of its own is of opset 23")
-    if node.op_type == "DequantizeLinear" and node.attributes.get_int("output_dtype", 0):
+    if node.op_type == "DequantizeLinear" and node.attributes.get_int("output_dtype", 0) != 0:
         raise Refused("DequantizeLinear to another type than its scale's is of opset 23")
 
 

@@ -17,11 +17,6 @@ from edgediffusion import registry
 from edgediffusion.errors import ArgumentError, UnknownName
 from edgediffusion.targets._machine import Device, Machine, cuda_devices, this_machine
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 __all__ = [
     "AUTO",
     "DEVICES",
@@ -109,6 +104,12 @@ def load(name_or_path: str | Path) -> Target:
         UnknownName: there is no such target or file.
         ArgumentError: the file is not TOML, or has unknown, missing or wrong keys; no target describes this machine.
     """
+    # Not at the top: a device that builds from a kit has its target's facts already, and Python 3.10 has no parser of TOML.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     name = detect() if str(name_or_path) == AUTO else str(name_or_path)
     file = Path(name) if name.endswith(".toml") else _HERE / f"{name}.toml"
     if not file.is_file() or (name not in names() and not name.endswith(".toml")):

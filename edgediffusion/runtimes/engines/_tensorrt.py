@@ -63,13 +63,15 @@ class TensorRT:
         compute_capabilities: Sequence[str] = (),
         shapes: Sizes | None = None,
         timing_cache: Path | None = None,
+        workspace_bytes: int | None = None,
         progress: Progress = lambda label, part: None,
     ) -> None:
         """Make an engine of an ONNX file; writes ``engine`` and ``engine`` + ``.json``.
 
         ``compute_capabilities`` are those of the GPUs that it is for: TensorRT for RTX builds for any of them anywhere, TensorRT for
         the GPU that is here. ``shapes`` are ranges of sizes for every named axis. ``timing_cache`` is a file that keeps what kernels
-        took, for the next build; it is made where there is none. ``threads`` has no use here.
+        took, for the next build; it is made where there is none. ``workspace_bytes`` bounds the memory that one kernel may use beside
+        what it reads and writes, while it is tried and when it runs; by default all that the GPU has. ``threads`` has no use here.
 
         Raises:
             EngineError: the parser cannot read the graph, the builder has no kernels for it, an axis has no range, or TensorRT is
@@ -88,6 +90,8 @@ class TensorRT:
             allow_decomposition(trt, network)
             config = builder.create_builder_config()
             self._choose(config, compute_capabilities)
+            if workspace_bytes is not None:
+                config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
             if ranges:
                 config.add_optimization_profile(_profile(builder, header.inputs, ranges))
             cache = _timing_cache(config, timing_cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgediffusion.runtimes.engines._tensorrt import TensorRT
 
 suffix = ".plan"
-options = ("compute_capabilities", "shapes", "timing_cache", "progress")
+options = ("compute_capabilities", "shapes", "timing_cache", "workspace_bytes", "progress")
 reads_onnx = False
 
 _library = TensorRT("tensorrt", extra="tensorrt", title="TensorRT")
