@@ -210,9 +210,7 @@ def _copy_texts(source: Source, part: Part, folder: Path, dtype: str) -> Compone
     tokenizer = None
     if part.tokenizer is not None:
         _copy_folder(source, part.tokenizer, folder)
-        length = part.inputs[0].axes[1]
-        assert isinstance(length, int)
-        tokenizer = tokenizers.write_tokenizer(source, part.tokenizer, folder, length)
+        tokenizer = tokenizers.write_tokenizer(source, part, folder)
     inputs, outputs = (tuple(_spec(tensor, dtype) for tensor in tensors) for tensors in (part.inputs, part.outputs))
     return Component(part.name, part.role, f"{part.name}/{MODEL}", inputs, outputs, tokenizer, dict(part.feeds))
 

@@ -9,27 +9,35 @@ import transformers
 
 from edgediffusion.bundle import Tokenizer
 from edgediffusion.errors import SourceError
+from edgediffusion.export.families import Part
 from edgediffusion.export.quiet import quiet
 from edgediffusion.export.source import Source
 
 FILE = "tokenizer.json"
 
 
-def write_tokenizer(source: Source, name: str, folder: Path, length: int) -> Tokenizer:
-    """Make sure that the copied tokenizer in ``folder`` / ``name`` has its ``tokenizer.json``, and describe it.
-
-    ``length`` is that of the encoder's input.
+def write_tokenizer(source: Source, part: Part, folder: Path) -> Tokenizer:
+    """Make sure that the part's tokenizer, copied to a folder of its name in ``folder``, has its ``tokenizer.json``, and describe it.
 
     Raises:
         SourceError: the tokenizer cannot be read, or has no form that the ``tokenizers`` library knows.
     """
+    name, tokens = str(part.tokenizer), part.inputs[0].axes[1]
     tokenizer = _load(source, name)
     file = folder / name / FILE
     if not file.is_file():
         tokenizer.backend_tokenizer.save(str(file))
     if isinstance(tokenizer, transformers.CLIPTokenizer) and not (file.parent / "vocab.json").is_file():
         tokenizer.backend_tokenizer.model.save(str(file.parent))  # the two files that transformers 4 and its users read
-    return Tokenizer(file=f"{name}/{FILE}", length=length, pad_id=int(tokenizer.pad_token_id))
+    return Tokenizer(
+        file=f"{name}/{FILE}",
+        length=tokens if isinstance(tokens, int) else tokens.example,
+        pad_id=int(tokenizer.pad_token_id),
+        lowercase=part.lowercase,
+        prefix=part.prefix,
+        # SanaPipeline counts two of the prefix's tokens as the text's own: the first one, and one of no reason.
+        prefix_tokens=len(tokenizer.encode(part.prefix)) - 2 if part.prefix else 0,
+    )
 
 
 def _load(source: Source, name: str) -> Any:

@@ -89,7 +89,8 @@ def _marked_tensors(exported: Any, part: Part, marks: Mapping[str, Mark]) -> tup
     for tensor in part.inputs:
         for size, axis in zip(given[tensor.name].shape, tensor.axes, strict=True):
             if isinstance(axis, Axis):
-                axes = {**dict.fromkeys(size.node.expr.free_symbols, axis), **axes}  # the first one is of the sample
+                for symbol in size.node.expr.free_symbols:
+                    axes.setdefault(symbol, axis)  # the first one is of the sample
     nodes = exported.graph.output_node().args[0][len(part.outputs) :]
     found = zip(marks, (node.meta["val"].shape for node in nodes), strict=True)
     return tuple(Tensor(name, tuple(_axis(name, size, axes) for size in shape)) for name, shape in found)

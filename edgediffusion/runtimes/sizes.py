@@ -68,7 +68,12 @@ def usual_sizes(bundle: Bundle) -> dict[str, SizeRange]:
         "image_height": facts.height,
         "image_width": facts.width,
     }
-    return {"batch": SizeRange(1, rows, 2 * rows), **{axis: SizeRange(size, size, size) for axis, size in fixed.items()}}
+    sizes = {"batch": SizeRange(1, rows, 2 * rows), **{axis: SizeRange(size, size, size) for axis, size in fixed.items()}}
+    for text in (component.tokenizer for component in bundle.components):
+        if text is not None and text.prefix_tokens:  # a negative prompt goes without the prefix
+            most = text.length + text.prefix_tokens
+            sizes["tokens"] = SizeRange(text.length, most, most)
+    return sizes
 
 
 def axes_of(specs: Sequence[TensorSpec]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Denoiser(torch.nn.Module):
     def __init__(self, network: torch.nn.Module):
         super().__init__()
         self.network = network
-        positions.in_float32(network.pos_embed)  # type: ignore[arg-type]
+        positions.in_float32(network.pos_embed)
 
     def forward(
         self,
