@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 
-from edgediffusion.bundle import CONTROL, CUT_ROLES, Bundle, Sampling, axis_size
+from edgediffusion.bundle import CONTROL, CUT_ROLES, SHALLOW_CONTROL, Bundle, Component, Sampling, axis_size
 from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.export import Progress
 from edgediffusion.export.families import Axis, Part, Tensor, family_of
@@ -103,10 +103,9 @@ def validate(
         _tell(progress, f"comparing {part.name}", done / total)
         calls = _calls(part, origin.load(part.network), sampling)
         components += _compare_graph(graphs[part.name], calls)
-        for component in bundle.components if part.cuts is not None else ():
-            if component.role in CUT_ROLES:  # one at a time: each may hold as many weights as the whole
-                (graph,) = open_components(bundle, [component], target=target, threads=None)
-                components += _compare_graph(graph, calls)
+        for component in _cut_out(bundle, part):  # one at a time: each may hold as many weights as the whole
+            (graph,) = open_components(bundle, [component], target=target, threads=None)
+            components += _compare_graph(graph, calls)
     ours, theirs = Pipeline(bundle, {name: graph.session for name, graph in graphs.items()}), _diffusers(origin, settled.sampler)
     pictures = []
     for done, prompt in enumerate(prompts if takes_prompt(theirs) else ("",), start=len(parts)):
@@ -114,6 +113,13 @@ def validate(
         pictures.append(_compare_pictures(prompt, ours, theirs, settled))
     _tell(progress, "compared", 1.0)
     return _summary(settled, tuple(components), tuple(pictures))
+
+
+def _cut_out(bundle: Bundle, part: Part) -> list[Component]:
+    """The graphs that were cut out of a part's."""
+    if part.role == CONTROL:
+        return [c for c in bundle.with_role(SHALLOW_CONTROL) if c.name.startswith(f"{part.name}_shallow_")]
+    return [c for c in bundle.components if part.cuts is not None and c.role in CUT_ROLES]
 
 
 def _summary(run: Run, components: tuple[ComponentError, ...], pictures: tuple[PictureError, ...]) -> Validation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ from tests.export.conftest import CAPTIONS, clip_config, small_unet, small_vae
 from training import networks
 
 Builder = Callable[[], Any]
+CUTS = tuple(f"up_blocks.{block}.resnets.{resnet}" for block in (0, 1) for resnet in (0, 1))  # all that a UNet of these has
 NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -171,3 +173,8 @@ PIPELINES: Mapping[str, Builder] = {
 def build(name: str) -> Any:
     torch.manual_seed(sum(map(ord, name)))
     return PIPELINES[name]()
+
+
+def saved_tiny(name: str, folder: Path) -> Path:
+    build(name).save_pretrained(folder)
+    return folder
