@@ -15,11 +15,12 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 
 from edgediffusion import bundle
-from edgediffusion.bundle import Component, File, TensorSpec, Verb
+from edgediffusion.bundle import CONTROL, Component, File, TensorSpec, Verb
 from edgediffusion.errors import ArgumentError
 from edgediffusion.export import Announce, Progress, Settings, tokenizers
 from edgediffusion.export.bfloat16 import NARROW, speak_float32
 from edgediffusion.export.checkpoint import Stored
+from edgediffusion.export.control import shallow_parts
 from edgediffusion.export.cut_graphs import write_part
 from edgediffusion.export.estimate import Work, estimate, refuse_full_disk
 from edgediffusion.export.families import BATCH, FLOAT, Family, Part, Tensor, family_of
@@ -78,6 +79,8 @@ def write_bundle(
         for done, part in enumerate(parts):
             _tell(progress, f"exporting {part.name}", done / len(parts))
             model, whole, cut_out = _part(part, bones.pop(part), described[part], chosen.get(part, ()), settings)
+            if part.role == CONTROL:
+                cut_out = shallow_parts(whole, components)
             _copy_file(source.path / part.network / "config.json", folder / part.name / "config.json")
             values = {weight: stored[part][weight] for weight in model.graph.initializers if weight in stored[part]}
             of_part = {weight: change for weight, change in changes.get(part.network, {}).items() if weight in values}
@@ -149,7 +152,7 @@ def _part(
 ) -> tuple[ir.Model, Component, tuple[Component, ...]]:
     """A part's graph, without its weights' values; its component, and those that are to be cut out of it."""
     model = _graph(part, bones, settings.opset, cuts)
-    if settings.row_timesteps and part.role == "denoise":
+    if settings.row_timesteps and part.role in ("denoise", CONTROL):
         component = _with_row_timesteps(model.graph, component)
     return (model, component, ()) if part.cuts is None or not cuts else (model, *part.cuts.settle(model.graph, component, cuts))
 
