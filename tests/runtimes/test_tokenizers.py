@@ -91,3 +91,32 @@ def test_a_damaged_file_is_the_bundles_fault(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="tokenizer"):
         TextTokenizer(Tokenizer("tokenizer.json", 6, 1), tmp_path)
+
+
+class TestPrefix:
+    """A tokenizer that lowers texts and says something before prompts, of words as tiny.py has them."""
+
+    @pytest.fixture
+    def tokenize(self, tmp_path: Path) -> TextTokenizer:
+        write_tokenizer(tmp_path / "tokenizer.json")
+        # "<start> of a" are three tokens, one of which stays; with the end mark a text has room for one word less than the length
+        return TextTokenizer(Tokenizer("tokenizer.json", 6, 1, lowercase=True, prefix="Of a ", prefix_tokens=2), tmp_path)
+
+    def test_stands_before_prompts_and_before_no_negative_one(self, tokenize: TextTokenizer) -> None:
+        plain, negative = tokenize(["  Red SHIRT "]).ids, tokenize(["  Red SHIRT "], negative=True).ids
+        start, end, unknown, words = 0, 1, 2, ("a", "red", "blue", "shirt", "shoe", "of")
+        told = [start, 3 + words.index("of"), 3, 3 + words.index("red"), 3 + words.index("shirt"), end]
+        assert plain.tolist() == [[*told, 1, 1]]
+        assert negative.tolist() == [[start, *told[3:], 1, 1]]
+        assert unknown not in plain
+
+    def test_spans_are_of_the_text_as_it_was_written_and_of_the_states_that_are_given(self, tokenize: TextTokenizer) -> None:
+        text = "  Red SHIRT "
+        for negative in (False, True):
+            (spans,) = tokenize([text], negative=negative).spans
+            assert [text[start:end] for start, end in spans] == ["", "Red", "SHIRT", ""]
+
+    def test_what_does_not_fit_is_told_as_it_was_written(self, tokenize: TextTokenizer) -> None:
+        text = " Red Blue Shirt Shoe CAT dog"
+        assert tokenize([text]).cut == ("CAT dog",)
+        assert tokenize([text], negative=True).cut == ("CAT dog",)
