@@ -11,7 +11,7 @@ import math
 import shutil
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Shape:
-    """``dtypes`` are those of the published files, F32 where none is said."""
+    """``dtypes`` are those of the published files, F32 where none is said; ``settings`` further entries of model_index.json."""
 
     pipeline: str
     components: Mapping[str, Component]
     dtypes: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def clip_l() -> Component:
@@ -91,6 +92,18 @@ def unet_sd15() -> Config:
     }
 
 
+def unet_sd21() -> Config:
+    """Of the 768-v checkpoint: v-prediction, heads by level."""
+    return {
+        **unet_sd15(),
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    }
+
+
 def unet_sdxl() -> Config:
     return {
         "sample_size": 128,
@@ -108,6 +121,25 @@ def unet_sdxl() -> Config:
         "in_channels": 4,
         "out_channels": 4,
     }
+
+
+def unet_sdxl_refiner() -> Config:
+    return {
+        **unet_sdxl(),
+        "block_out_channels": [384, 768, 1536, 1536],
+        "cross_attention_dim": 1280,
+        "attention_head_dim": [6, 12, 24, 24],
+        "transformer_layers_per_block": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "projection_class_embeddings_input_dim": 2560,
+    }
+
+
+def controlnet(unet: Config) -> Config:
+    """The ControlNet of a UNet: its way down and its middle, and layers that look at a picture."""
+    of_the_unet = {key: value for key, value in unet.items() if key not in ("sample_size", "out_channels", "up_block_types")}
+    return {**of_the_unet, "conditioning_embedding_out_channels": [16, 32, 96, 256]}
 
 
 def transformer_sd35_medium() -> Config:
@@ -173,6 +205,31 @@ def _sdxl() -> Shape:
     return Shape("StableDiffusionXLPipeline", {"unet": unet, "vae": vae, **texts, "scheduler": ddim()}, {})
 
 
+def open_clip_h() -> Component:
+    """The text encoder of Stable Diffusion 2: OpenCLIP's ViT-H without its last layer."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "projection_dim": 512}
+    return ("transformers", "CLIPTextModel", {**sizes, "max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "gelu"})
+
+
+def _sd21() -> Shape:
+    library, kind, plain = ddim()
+    networks = {"unet": _diffusers("UNet2DConditionModel", unet_sd21()), "vae": autoencoder(), "text_encoder": open_clip_h()}
+    scheduler = (library, kind, {**plain, "prediction_type": "v_prediction"})
+    return Shape("StableDiffusionPipeline", {**networks, "scheduler": scheduler}, {})
+
+
+def _sdxl_refiner() -> Shape:
+    vae = autoencoder(scale=0.13025, force_upcast=True)
+    networks = {"unet": _diffusers("UNet2DConditionModel", unet_sdxl_refiner()), "vae": vae, "text_encoder_2": clip_g()}
+    settings = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+    return Shape("StableDiffusionXLImg2ImgPipeline", {**networks, "scheduler": ddim()}, {}, settings)
+
+
+def _with_controlnet(shape: Shape, pipeline: str) -> Shape:
+    network = _diffusers("ControlNetModel", controlnet(shape.components["unet"][2]))
+    return replace(shape, pipeline=pipeline, components={**shape.components, "controlnet": network})
+
+
 def _sd35() -> Shape:
     first = ("transformers", "CLIPTextModelWithProjection", clip_l()[2])
     texts = {"text_encoder": first, "text_encoder_2": clip_g(), "text_encoder_3": t5_xxl()}
@@ -213,7 +270,11 @@ def _sana() -> Shape:
 
 SHAPES = {
     "sd15": _sd15,
+    "sd15-controlnet": lambda: _with_controlnet(_sd15(), "StableDiffusionControlNetPipeline"),
+    "sd21": _sd21,
     "sdxl": _sdxl,
+    "sdxl-refiner": _sdxl_refiner,
+    "sdxl-controlnet": lambda: _with_controlnet(_sdxl(), "StableDiffusionXLControlNetPipeline"),
     "sd35-medium": _sd35,
     "flux-dev": _flux,
     "dit-xl-2": _dit,
@@ -226,7 +287,7 @@ def make(name: str, folder: Path, networks: tuple[str, ...], *, holes: bool = Tr
     """Write the pipeline ``name`` into the new ``folder``, with weights for ``networks``; returns how many parameters each has."""
     shape = SHAPES[name]()
     folder.mkdir(parents=True)
-    index: dict[str, Any] = {"_class_name": shape.pipeline, "_diffusers_version": "0.35.0"}
+    index: dict[str, Any] = {"_class_name": shape.pipeline, "_diffusers_version": "0.35.0", **shape.settings}
     for component, (library, kind, config) in shape.components.items():
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         (folder / component).mkdir()
