@@ -11,7 +11,7 @@ import numpy as np
 
 from edgediffusion.bundle import Component
 from edgediffusion.optimize.graph_file import load_graph
-from edgediffusion.runtimes.engines import NOT_SHARED, onnxruntime, resolve
+from edgediffusion.runtimes.engines import NOT_SHARED, _onnxruntime, onnxruntime, resolve
 
 
 def plain_graph(model: Path, output: Path) -> None:
@@ -38,11 +38,11 @@ def open_foreign(file: Path, component: Component, engine: str) -> Any:
     return session
 
 
-def _onnxruntime(file: Path, without: Sequence[str]) -> Any:
+def _of_onnxruntime(file: Path, without: Sequence[str]) -> Any:
     import onnxruntime as library
 
-    options = onnxruntime._options(None, optimize=True)
-    with onnxruntime._mapped(f"ONNX Runtime could not load '{file.parent.name}/{file.name}'"):
+    options = _onnxruntime.session_options(None, optimize=True)
+    with _onnxruntime.mapped(f"ONNX Runtime could not load '{file.parent.name}/{file.name}'"):
         session = library.InferenceSession(str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without))
     return onnxruntime.OnnxRuntimeSession(session)
 
@@ -83,8 +83,8 @@ class _OpenVinoBinding:
 # refuses what its own QDQPropagationTransformer makes of NNCF's graph: a signed output_dtype beside an unsigned zero point.
 ENGINES: dict[str, Callable[[Path], Any]] = {
     "onnxruntime": onnxruntime.open_session,
-    "onnxruntime, all optimizers": lambda file: _onnxruntime(file, ()),
-    "onnxruntime, no QDQPropagation": lambda file: _onnxruntime(file, ("QDQPropagationTransformer",)),
+    "onnxruntime, all optimizers": lambda file: _of_onnxruntime(file, ()),
+    "onnxruntime, no QDQPropagation": lambda file: _of_onnxruntime(file, ("QDQPropagationTransformer",)),
     "openvino bf16": lambda file: _OpenVino(file, "bf16"),
     "openvino f32": lambda file: _OpenVino(file, "f32"),
 }

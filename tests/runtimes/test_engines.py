@@ -192,7 +192,7 @@ class TestOnnxRuntime:
         own = [v for v in vars(native).values() if isinstance(v, type) and issubclass(v, Exception)]
         assert len(own) >= 10
         for error in (*own, RuntimeError, ValueError, TypeError):
-            with pytest.raises(EngineError, match=error.__name__), engine._mapped("Wrong"):
+            with pytest.raises(EngineError, match=error.__name__), engine.mapped("Wrong"):
                 raise error("reason")
 
     def test_refuses_sizes_that_the_graph_cannot_run(self, engine: Any, tmp_path: Path) -> None:
