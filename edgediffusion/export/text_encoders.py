@@ -6,6 +6,7 @@ T5 and Gemma fill a text up with a token that no text has, so that a graph can t
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,10 +42,14 @@ class ClipHidden(torch.nn.Module):
         self.network = network
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """ids [b, tokens] to what stands for the whole text [b, width], the last hidden states and those before each layer."""
+        """ids [b, tokens] to the last hidden states, what stands for the whole text [b, width], and the states before each layer.
+
+        The embedding comes first where there is a projection: other tools tell the two encoders apart by their first output.
+        """
         found = self.network(input_ids, output_hidden_states=True)
-        whole = found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output
-        return whole, found.last_hidden_state, *found.hidden_states[:-1]
+        if hasattr(found, "text_embeds"):
+            return found.text_embeds, found.last_hidden_state, *found.hidden_states[:-1]
+        return found.last_hidden_state, found.pooler_output, *found.hidden_states[:-1]
 
 
 class T5Text(torch.nn.Module):
@@ -58,35 +63,34 @@ class T5Text(torch.nn.Module):
 
 
 class MaskedT5Text(torch.nn.Module):
-    """``pad`` is the id that texts are filled up with."""
-
-    def __init__(self, network: torch.nn.Module, *, pad: int):
+    def __init__(self, network: torch.nn.Module):
         super().__init__()
         self.network = network
-        self.pad = pad
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids [b, tokens] to the last hidden states [b, tokens, width] and which of them are of the text, 1 or 0, [b, tokens]."""
-        mask = (input_ids != self.pad).to(_dtype(self.network))
+        mask = _of_text(self.network, input_ids).to(_dtype(self.network))
         return self.network(input_ids, attention_mask=mask).last_hidden_state, mask
 
 
 class GemmaText(torch.nn.Module):
-    """``pad`` is the id that texts are filled up with, ``tokens`` how many states are given: the first one and the last ones."""
+    """``tokens`` is how many states are given: the first one and the last ones."""
 
-    def __init__(self, network: torch.nn.Module, *, pad: int, tokens: int):
+    def __init__(self, network: torch.nn.Module, *, tokens: int):
         super().__init__()
         self.network = network
-        self.pad, self.tokens = pad, tokens
+        self.tokens = tokens
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids [b, n] to the last hidden states [b, tokens, width] and which of them are of the text, 1 or 0, [b, tokens]."""
-        dtype = _dtype(self.network)
-        mask = (input_ids != self.pad).to(dtype)
+        dtype, of_text = _dtype(self.network), _of_text(self.network, input_ids)
+        mask = of_text.to(dtype)
         place = torch.arange(input_ids.shape[1])
-        seen = (place[None, :] <= place[:, None])[None, None] & (input_ids != self.pad)[:, None, None, :]
-        bias = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
-        kinds = dict.fromkeys(self.network.config.layer_types, bias)  # type: ignore[union-attr, arg-type]
+        back = place[:, None] - place[None, :]
+        config: Any = self.network.config
+        near = {"full_attention": back >= 0, "sliding_attention": (back >= 0) & (back < config.sliding_window)}
+        seen = {kind: near[kind][None, None] & of_text[:, None, None, :] for kind in config.layer_types}
+        kinds = {kind: torch.where(where, 0.0, torch.finfo(dtype).min).to(dtype) for kind, where in seen.items()}
         states = self.network(input_ids, attention_mask=kinds, use_cache=False).last_hidden_state
         last = self.tokens - 1
         return torch.cat([states[:, :1], states[:, -last:]], dim=1), torch.cat([mask[:, :1], mask[:, -last:]], dim=1)
@@ -139,15 +143,19 @@ def clip_hidden(source: Source, suffix: str) -> Part:
     config = source.config(name)
     tokens, layers = clip_tokens(source, name), config["num_hidden_layers"]
     width = config["hidden_size"]
-    whole = ("text_embeds", config["projection_dim"]) if kind == "CLIPTextModelWithProjection" else ("pooler_output", width)
-    states = [Tensor(state, (BATCH, tokens, width)) for state in ("last_hidden_state", *(f"hidden_states.{k}" for k in range(layers)))]
+    last = Tensor("last_hidden_state", (BATCH, tokens, width))
+    states = [Tensor(f"hidden_states.{layer}", last.axes) for layer in range(layers)]
+    if kind == "CLIPTextModelWithProjection":
+        told = (Tensor("text_embeds", (BATCH, config["projection_dim"])), last)
+    else:
+        told = (last, Tensor("pooler_output", (BATCH, width)))
     return Part(
         name=name,
         role="encode",
         network=name,
         wrap=ClipHidden,
         inputs=(Tensor("input_ids", (BATCH, tokens), "int64"),),
-        outputs=(Tensor(whole[0], (BATCH, whole[1])), *states),
+        outputs=(*told, *states),
         tokenizer=f"tokenizer{suffix}",
         feeds={states[-1].name: "encoder_hidden_states"},
     )
@@ -175,7 +183,7 @@ def masked_t5(source: Source, tokens: int) -> Part:
         name="text_encoder",
         role="encode",
         network="text_encoder",
-        wrap=partial(MaskedT5Text, pad=config["pad_token_id"]),
+        wrap=MaskedT5Text,
         inputs=(Tensor("input_ids", (BATCH, tokens), "int64"),),
         outputs=_masked(tokens, config["d_model"]),
         tokenizer="tokenizer",
@@ -188,7 +196,7 @@ def gemma(source: Source, tokens: int, prefix: str) -> Part:
     """A language model as the one text encoder. ``prefix`` is what it is told before a prompt, but before no negative one.
 
     Raises:
-        SourceError: it is of another class, or looks back less far than a text is long.
+        SourceError: it is of another class.
     """
     source.require_class("text_encoder", ("Gemma2Model",))
     config = source.config("text_encoder")
@@ -196,7 +204,7 @@ def gemma(source: Source, tokens: int, prefix: str) -> Part:
         name="text_encoder",
         role="encode",
         network="text_encoder",
-        wrap=partial(GemmaText, pad=config["pad_token_id"], tokens=tokens),
+        wrap=partial(GemmaText, tokens=tokens),
         inputs=(Tensor("input_ids", (BATCH, Axis("tokens", tokens)), "int64"),),
         outputs=_masked(tokens, config["hidden_size"]),
         tokenizer="tokenizer",
@@ -208,6 +216,12 @@ def gemma(source: Source, tokens: int, prefix: str) -> Part:
 
 def _masked(tokens: int, width: int) -> tuple[Tensor, Tensor]:
     return Tensor("last_hidden_state", (BATCH, tokens, width)), Tensor("encoder_attention_mask", (BATCH, tokens))
+
+
+def _of_text(network: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """[b, tokens]: False where the id is the one that texts are filled up with."""
+    config: Any = network.config
+    return torch.ne(input_ids, config.pad_token_id)
 
 
 def _dtype(network: torch.nn.Module) -> torch.dtype:
