@@ -50,7 +50,7 @@ class TextTokenizer:
         for text, row, encoding in zip(texts, ids, encodings, strict=True):
             row[: len(encoding.ids)] = encoding.ids
             moved = len(prefix) - (len(text) - len(text.lstrip()) if self._spec.lowercase else 0)
-            own = [_within(text, span, moved) for span in encoding.offsets]
+            own = [_within(text, span, moved) if span[1] > len(prefix) else (0, 0) for span in encoding.offsets]
             spans.append((*own[:1], *own[1 + further :]))
             cut.append(_cut(text, encoding, moved))
         return Tokens(ids, tuple(cut), tuple(spans))
