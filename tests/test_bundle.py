@@ -223,3 +223,39 @@ def test_a_file_with_several_names_is_hashed_once(folder: Path, monkeypatch: pyt
     bundle = Bundle.open(folder, verify=False)
     write(folder, family="x", components=bundle.components, sampling=None, history=())
     assert len(read) == len(bundle.files)
+
+
+FACTS = {"clip": 1.0, "time_ids": ["original_height", "crop_left", "aesthetic_score"], "zero_unconditional": True}
+
+
+def test_facts_that_may_be_missing_are_read_and_written_only_if_they_say_something(folder: Path) -> None:
+    plain = (folder / MANIFEST).read_bytes()
+    assert not any(key.encode() in plain for key in FACTS)
+    rewrite(folder, lambda content: content["sampling"].update(FACTS))
+    stated, bundle = (folder / MANIFEST).read_bytes(), Bundle.open(folder)
+    assert bundle.sampling is not None
+    assert (bundle.sampling.clip, bundle.sampling.zero_unconditional) == (1.0, True)
+    assert bundle.sampling.time_ids == ("original_height", "crop_left", "aesthetic_score")
+    write(folder, family=bundle.family, components=bundle.components, sampling=bundle.sampling, history=bundle.history)
+    assert (folder / MANIFEST).read_bytes() == stated
+
+
+@pytest.mark.parametrize("facts", [{"clip": 0}, {"clip": "1"}, {"time_ids": ["height"]}])
+def test_facts_that_cannot_be_are_refused(folder: Path, facts: dict[str, Any]) -> None:
+    rewrite(folder, lambda content: content["sampling"].update(facts))
+    with pytest.raises(BundleError, match=f"{next(iter(facts))} "):
+        Bundle.open(folder)
+
+
+def test_graphs_of_controlnets_are_no_parts_of_the_denoiser(folder: Path) -> None:
+    def add(content: dict[str, Any]) -> None:
+        unet = content["components"][1]
+        control = {**unet, "name": "controlnet", "role": "control"}
+        content["components"] += [control, {**control, "role": "control.shallow", "cut": "up_blocks.1.resnets.0"}]
+
+    rewrite(folder, add)
+    bundle = Bundle.open(folder)
+    assert (len(bundle.with_role("control")), len(bundle.with_role("control.shallow"))) == (1, 1)
+    assert bundle.cuts == ()
+    with pytest.raises(BundleError, match="no graphs for the cut"):
+        bundle.with_cut("up_blocks.1.resnets.0")

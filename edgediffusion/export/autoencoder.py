@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from edgediffusion.errors import SourceError
 from edgediffusion.export.families import BATCH, Axis, Part, Tensor
 from edgediffusion.export.source import Source
 
@@ -78,18 +78,21 @@ CLASSES = tuple(_KINDS)
 
 
 def facts(source: Source) -> Latents:
-    """Raises SourceError: the pipeline has no autoencoder of a known class."""
+    """Raises SourceError: the pipeline has no autoencoder of a known class, or one whose channels are scaled each in its own way."""
     config, kind = source.config(NAME), _KINDS[source.require_class(NAME, CLASSES)]
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise SourceError(
+            f"The autoencoder of this {source.class_name} scales each channel of its latents in its own way",
+            got=f"latents_mean {config.get('latents_mean')}, latents_std {config.get('latents_std')}",
+            allowed="null for both: one scaling_factor and one shift_factor",
+            do="Take an autoencoder without these settings.",
+        )
     return Latents(
         channels=config["latent_channels"],
         downsampling=int(2 ** (len(config[kind.levels]) - 1)),
         scale=config.get("scaling_factor", kind.scale),
         shift=config.get("shift_factor") or 0.0,
     )
-
-
-def downsampling(config: dict[str, Any]) -> int:
-    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def parts(source: Source) -> tuple[Part, Part]:

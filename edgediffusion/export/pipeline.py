@@ -29,6 +29,7 @@ from edgediffusion.export.hashing import hashing
 from edgediffusion.export.kept import WHOLE, Kept, keep, kept_by_diffusers, read_kept
 from edgediffusion.export.lora import Lora, fused
 from edgediffusion.export.naming import match
+from edgediffusion.export.sample_sizes import read_off_sample
 from edgediffusion.export.simplify import simplify
 from edgediffusion.export.skeleton import Skeleton, skeleton
 from edgediffusion.export.source import INDEX, Source
@@ -188,6 +189,7 @@ def _graph(part: Part, bones: Skeleton, opset: int, cuts: Sequence[str]) -> ir.M
         # The tracer's value is a fake tensor. That of a weight is settled last: the optimizer must not look at it.
         value.const_value = _constant(constants[own], own) if own in constants else None
     simplify(model)
+    read_off_sample(model)
     lower_group_norm(model)
     speak_float32(model.graph)
     return model

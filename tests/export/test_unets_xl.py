@@ -50,12 +50,12 @@ def test_names_are_those_of_other_tools(xl: Path) -> None:
     parts = {part.name: part for part in stable_diffusion_xl.parts(Source.open(xl))}
     assert [tensor.name for tensor in parts["unet"].inputs] == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]
     assert [tensor.name for tensor in parts["text_encoder"].outputs] == [
-        "pooler_output",
         "last_hidden_state",
+        "pooler_output",
         "hidden_states.0",
         "hidden_states.1",
     ]
-    assert parts["text_encoder_2"].outputs[0].name == "text_embeds"
+    assert parts["text_encoder_2"].outputs[0].name == "text_embeds"  # by which diffusers' pipeline tells it from the first one
     assert parts["text_encoder"].feeds == parts["text_encoder_2"].feeds == {"hidden_states.1": "encoder_hidden_states"}
 
 
@@ -91,6 +91,7 @@ def test_what_other_pipelines_are(name: str, steps: int, scale: float, tmp_path:
             {"addition_embed_type": "image"},
             "does not have. Got: addition_embed_type image. Allowed: addition_embed_type",
         ),
+        ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "in its own way. Got: latents_mean"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "Got: class_embed_type timestep"),
         ("model_index.json", {"text_encoder_2": ["transformers", "T5EncoderModel"]}, "'text_encoder_2' is of a class that is not known"),
     ],
