@@ -5,6 +5,8 @@
     naming.py       which tensor of the file is which parameter of the network
     families/       one file per pipeline class: its networks as graphs with roles, and its sampling facts
     text_encoders.py, autoencoder.py   the graphs that families share
+    conditional_unet.py, plain_unet.py, control.py, vq_autoencoder.py      those that UNet families share
+    named.py        networks that take as many tensors as a graph has inputs, by name
     tokenizers.py   tokenizers as a runtime reads them
     quiet.py        silence for libraries that talk on stderr
     marks.py        tensors inside a network that its graph is cut at
@@ -13,6 +15,8 @@
     skeleton.py     a network without weights
     trace.py        a skeleton becomes an ONNX graph
     simplify.py     the graph made small, and free of the machine that made it
+    rule_gates.py   the optimizer's rules, tried where they can begin
+    sample_sizes.py sizes that are read off the sample and not off residuals
     group_norm.py   a node that CPU engines lack, written with nodes that they have
     bfloat16.py     float32 at the doors of a graph that computes in bfloat16
     kept.py         modules that stay in float32
@@ -27,6 +31,7 @@
     imported.py     ONNX files that somebody else exported
     bare_sampling.py                   facts about sampling from a scheduler alone
     probe.py        one run of what came from outside
+    pictures.py     the same picture asked of a bundle and of diffusers
     validate.py     how far a bundle is from its source
 
 This file loads nothing heavy: the command line asks it for help texts.
