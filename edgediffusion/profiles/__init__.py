@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgediffusion.bundle import Bundle
+from edgediffusion.bundle import CONTROL, Bundle
 from edgediffusion.profiles import latency, memory
 from edgediffusion.profiles.latency import Latency
 from edgediffusion.profiles.memory import Memory
@@ -23,7 +23,7 @@ _PICTURES = 3  # timed with a caching policy
 
 @dataclass(frozen=True)
 class Profile:
-    """One bundle on one machine. ``step_ms`` is the denoiser's median: what one more sampling step costs.
+    """One bundle on one machine. ``step_ms`` is the median of the denoiser, and of its ControlNets: what one more sampling step costs.
 
     ``cached_step_ms`` is the mean step of a picture of the bundle's own number of steps with the policy ``cache``; None without.
     """
@@ -73,9 +73,9 @@ def _cached_step_ms(bundle: Bundle, cache: str, target: str | None, threads: int
 
 
 def summarize(bundle: Bundle, times: dict[str, Latency], used: Memory, target: str | None) -> Profile:
-    denoisers = [times[c.name].median_ms for c in bundle.with_role("denoise")]
+    denoisers, controls = ([times[c.name].median_ms for c in bundle.with_role(role)] for role in ("denoise", CONTROL))
     sizes = {c.name: bundle.size_bytes(f"{c.model.rsplit('/', 1)[0]}/") for c in bundle.components}
-    return Profile(machine(), target, times, max(denoisers, default=0.0), used, bundle.size_bytes(), sizes)
+    return Profile(machine(), target, times, max(denoisers, default=0.0) + sum(controls), used, bundle.size_bytes(), sizes)
 
 
 def machine() -> str:
