@@ -7,7 +7,7 @@ engines do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from edgediffusion.runtimes.sizes import Sizes
 from edgediffusion.runtimes.tokenizers import TextTokenizer
 
 PROMPTS = ("", "a photo")
+Arrays = Mapping[str, np.ndarray]
 
 # By how much of its norm what an engine gives may be off: some ten times what two right ways to compute a graph were found to differ by, or
 # inputs with the ten bits of TF32 from those with all (docs/kit.md; benchmarks/lowering.py). What is wrong is off by about 1.
@@ -37,19 +38,28 @@ def write_golden(source: Bundle, folder: Path, sizes: Sizes, progress: Progress)
         EngineError: ONNX Runtime cannot run a graph, or it gives numbers that are not finite.
     """
     (folder / GOLDEN).mkdir()
-    found, given = {}, dict[str, np.ndarray]()
-    for at, component in enumerate(sorted(source.components, key=lambda c: c.role != "encode")):
-        progress(f"golden outputs of {component.name}", at / len(source.components))
-        precision = precision_of(source, component)
-        feeds = _feeds(source, component, sizes, given)
-        outputs = run_graph(source, component, feeds, folder / GOLDEN, quantized=precision in _QUANTIZED)
-        given.update({component.feeds.get(name, name): array for name, array in outputs.items()})
-        file = f"{GOLDEN}/{component.name}.npz"
+    found = {}
+    for at, (name, (feeds, outputs)) in enumerate(golden_inputs(source, sizes, folder / GOLDEN, progress)):
+        file, precision = f"{GOLDEN}/{name}.npz", precision_of(source, source.component(name))
         arrays = {**{f"in.{n}": a for n, a in feeds.items()}, **{f"out.{n}": a for n, a in outputs.items()}}
         with open(folder / file, "wb") as out:
             np.savez(out, **arrays)  # type: ignore[arg-type]
-        found[component.name] = Golden(file, precision, TOLERANCES[precision])
+        found[name] = Golden(file, precision, TOLERANCES[precision])
+        progress(f"golden outputs of {name}", (at + 1) / len(source.components))
     return found
+
+
+def golden_inputs(
+    bundle: Bundle, sizes: Sizes, place: Path, progress: Progress = lambda label, part: None
+) -> Iterator[tuple[str, tuple[Arrays, Arrays]]]:
+    """The inputs of one call of each component, encoders first, and what its graph gives for them; as ``run_graph``."""
+    given: dict[str, np.ndarray] = {}
+    for at, component in enumerate(sorted(bundle.components, key=lambda c: c.role != "encode")):
+        progress(f"golden outputs of {component.name}", at / len(bundle.components))
+        feeds = _feeds(bundle, component, sizes, given)
+        outputs = run_graph(bundle, component, feeds, place, quantized=precision_of(bundle, component) in _QUANTIZED)
+        given.update({component.feeds.get(name, name): array for name, array in outputs.items()})
+        yield component.name, (feeds, outputs)
 
 
 def precision_of(bundle: Bundle, component: Component) -> str:
@@ -60,7 +70,7 @@ def precision_of(bundle: Bundle, component: Component) -> str:
     return quantized or (floats[0] if floats else "float32")
 
 
-def _feeds(bundle: Bundle, component: Component, sizes: Sizes, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _feeds(bundle: Bundle, component: Component, sizes: Sizes, given: Arrays) -> dict[str, np.ndarray]:
     feeds = call_inputs(component, bundle.sampling, sizes)
     if component.tokenizer is not None:
         rows = len(feeds[component.tokenizer.input])
@@ -72,9 +82,7 @@ def _feeds(bundle: Bundle, component: Component, sizes: Sizes, given: Mapping[st
     return feeds
 
 
-def run_graph(
-    bundle: Bundle, component: Component, feeds: Mapping[str, np.ndarray], place: Path, *, quantized: bool
-) -> dict[str, np.ndarray]:
+def run_graph(bundle: Bundle, component: Component, feeds: Arrays, place: Path, *, quantized: bool) -> dict[str, np.ndarray]:
     """What the graph gives. A quantized one is given the name of an optimized graph, which ONNX Runtime's engine computes as it stands; its
     files are linked into ``place`` for that."""
     session = find("runtimes.engines", "onnxruntime")
@@ -83,9 +91,7 @@ def run_graph(
     try:
         if quantized:
             for name in bundle.files:
-                if name.startswith(component.model.rsplit("/", 1)[0] + "/") and name.endswith(
-                    (".onnx", ".safetensors", ".weights", ".data")
-                ):
+                if name.startswith(component.model.rsplit("/", 1)[0] + "/") and not name.endswith(".json"):
                     linked.append(place / (f"{component.name}{session.suffix}" if name == component.model else name.rsplit("/", 1)[1]))
                     link_or_copy(bundle.path / name, linked[-1])
             file = place / f"{component.name}{session.suffix}"

@@ -16,7 +16,7 @@ from edgediffusion import targets
 from edgediffusion.bundle import Bundle
 from edgediffusion.errors import BundleError, MissingExtra
 from edgediffusion.registry import find
-from edgediffusion.runtimes.kit import BUNDLE, Golden, Kit, write_manifest
+from edgediffusion.runtimes.kit import BUNDLE, Golden, Kit, door, steps, write_manifest
 from edgediffusion.runtimes.kit.checks import JETPACKS, OK, REFUSED, WARNING, check
 from edgediffusion.runtimes.kit.machine import Facts, Swap, available_bytes, look
 from edgediffusion.runtimes.sizes import usual_sizes
@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "GPU",
         r"another compute capability. Got: 7.2. Allowed: 8.7. Make a kit for this device",
     ),
-    "no driver": ({"compute_capability": ""}, "GPU", r"Got: no NVIDIA driver that answers. Allowed: 8.7. Look at it with: sudo dmesg"),
+    "no driver": ({"compute_capability": ""}, "GPU", r"Got: no NVIDIA driver that answers. Allowed: 8.7. Install .*sudo dmesg"),
     "no cuda-python": ({"runner": False}, "cuda-python", r"Got: no Python module 'cuda.bindings'.*pip install 'cuda-python"),
     "no memory": (
         {"available_bytes": 1000, "swaps": ()},
@@ -131,6 +131,10 @@ def test_every_other_fact_is_told_with_what_to_do(folder: Path, name: str) -> No
     assert finding.state == (REFUSED if name in WRONG else WARNING)
     assert re.search(message, finding.text), finding.text
     assert not [f for f in others if f.state == REFUSED and f.about != about]
+
+
+def test_the_door_knows_the_steps() -> None:
+    assert door.STEPS == steps.STEPS
 
 
 def test_several_wrong_facts_are_told_at_once(folder: Path) -> None:

@@ -85,8 +85,12 @@ def _device(kit: Kit, facts: Facts) -> Iterator[Finding]:
         yield Finding("processor", OK, f"{machine.system} on {machine.architecture}")
     if target.known_as:
         yield _called(kit, facts)
-    if any("Jetson" in name for name in target.known_as) and "tensorrt" in target.engines:
+    if _is_jetson(kit) and kit.engine == "tensorrt":
         yield _jetpack(kit, facts)
+
+
+def _is_jetson(kit: Kit) -> bool:
+    return any("Jetson" in name for name in kit.target.known_as)
 
 
 def _called(kit: Kit, facts: Facts) -> Finding:
@@ -125,7 +129,7 @@ def _library(kit: Kit, facts: Facts) -> Iterator[Finding]:
     engine, wanted = kit.engine, kit.target.libraries.get(kit.engine, "")
     jetson = "JetPack brings it: sudo apt install nvidia-jetpack. A virtual environment sees it if it was made with --system-site-packages."
     if not facts.library:
-        do = jetson if engine == "tensorrt" and kit.target.architecture == "arm64" else f"pip install 'edgediffusion[{_extra(engine)}]'"
+        do = jetson if engine == "tensorrt" and _is_jetson(kit) else f"pip install 'edgediffusion[{_extra(engine)}]'"
         yield _refused(engine, f"{engine} cannot be used by this Python", got=facts.library_problem, allowed=wanted or "any version", do=do)
     elif not targets.in_range(facts.library, wanted):
         newer = not targets.in_range(facts.library, ",".join(part for part in wanted.split(",") if "<" in part))
@@ -150,7 +154,7 @@ def _gpu(kit: Kit, facts: Facts) -> Iterator[Finding]:
             "The kit is for a GPU of another compute capability",
             got=facts.compute_capability or "no NVIDIA driver that answers",
             allowed=wanted,
-            do="Make a kit for this device." if facts.compute_capability else "Look at it with: sudo dmesg | grep -i nvgpu",
+            do="Make a kit for this device." if facts.compute_capability else "Install NVIDIA's driver, or see why it fails: sudo dmesg",
         )
     else:
         yield Finding("GPU", OK, f"compute capability {wanted}")
