@@ -6,6 +6,7 @@
     families/       one file per pipeline class: its networks as graphs with roles, and its sampling facts
     text_encoders.py, autoencoder.py   the graphs that families share
     conditional_unet.py, plain_unet.py, control.py, vq_autoencoder.py      those that UNet families share
+    positions.py, cross_attention.py   places of tokens, and masks, in the form that engines take
     named.py        networks that take as many tensors as a graph has inputs, by name
     tokenizers.py   tokenizers as a runtime reads them
     quiet.py        silence for libraries that talk on stderr

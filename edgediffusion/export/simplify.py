@@ -10,6 +10,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import optimize_ir
 
 from edgediffusion.export.quiet import quiet
+from edgediffusion.export.rule_gates import gated
 
 MOST_FOLDED_BYTES = 1 << 16
 _NEARLY_ZERO = 1e-7  # its tolerance is 1e-8, in float32 and in whatever it may become
@@ -18,7 +19,7 @@ _NEARLY_ZERO = 1e-7  # its tolerance is 1e-8, in float32 and in whatever it may 
 def simplify(model: ir.Model) -> None:
     """Fold what is constant, but nothing that a weight is in: a folded weight would be a copy of it in the file."""
     _remove_idle_squeezes(model)
-    with quiet(), _tiny_terms_hidden(model.graph):
+    with quiet(), _tiny_terms_hidden(model.graph), gated():
         optimize_ir(model, onnx_shape_inference=False, should_fold=_touches_no_weight, output_size_limit=MOST_FOLDED_BYTES)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
