@@ -6,11 +6,13 @@ Tolerances, and what cuts are compared with, as in test_unets_xl.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from edgediffusion.bundle import SHALLOW_CONTROL, Bundle
 from edgediffusion.errors import ArgumentError, SourceError
@@ -151,6 +153,25 @@ def test_a_controlnet_of_another_family_is_refused(change: dict[str, object], me
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(SourceError, match=message):
         stable_diffusion_controlnet.parts(Source.open(source))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("controlnet_mid_block.weight"), "'controlnet' lacks tensors.*Got: controlnet_mid_block.weight"),
+        (lambda tensors: tensors.update(other=tensors["conv_in.bias"]), "'controlnet' has tensors that do not belong.*Got: other"),
+        (lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"][:8]}), r"other shapes.*conv_in.bias \(8,\), not \(16,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change: Callable[[dict[str, np.ndarray]], object], message: str, tmp_path: Path) -> None:
+    source = saved_tiny("control", tmp_path / "source")
+    file = source / "controlnet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(SourceError, match=message):
+        export(source, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_class_that_is_no_controlnet_known_here(tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def test_the_size_is_the_pictures(tmp_path: Path) -> None:
         (1, {"control_image": PICTURE, "controlnet_conditioning_scale": float("nan")}, "conditioning_scale cannot be used. Got: nan"),
         (1, {"control_image": PICTURE, "control_guidance_start": 0.5, "control_guidance_end": 0.5}, "cannot be used.*start 0.5"),
         (1, {"control_image": PICTURE, "control_guidance_end": 1.5}, "Allowed: 0 to 1"),
+        (1, {"control_image": PICTURE, "height": 18}, "size of the picture cannot be used. Got: 18 x 16.*multiples of 4"),
         (2, {"control_image": PICTURE}, "a picture of its own. Got: ndarray. Allowed: a list of 2"),
         (2, {"control_image": [PICTURE]}, "Got: a list of 1"),
     ],
