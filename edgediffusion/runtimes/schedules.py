@@ -85,6 +85,8 @@ def alpha_bars(schedule: NoiseSchedule, *, end: float = 0.0) -> np.ndarray:
 def respaced(schedule: NoiseSchedule, spacing: str | None) -> NoiseSchedule:
     """The schedule with another spacing, a name of ``runtimes.spacings`` with its options; None leaves it as it is.
 
+    A ramp on a flow runs between the ends that the flow's own spacing has, unless it is told others.
+
     Raises:
         UnknownName: no such spacing. ArgumentError: an option that it does not have, or timesteps for a flow, which has none.
     """
@@ -94,6 +96,8 @@ def respaced(schedule: NoiseSchedule, spacing: str | None) -> NoiseSchedule:
     if schedule.kind == "flow" and not hasattr(chosen.module, "ramp"):
         ramps = [name for name in names("runtimes.spacings") if hasattr(find("runtimes.spacings", name), "ramp")]
         raise ArgumentError(f"A flow has no training timesteps for the spacing '{spacing}' to pick", allowed=", ".join(ramps))
+    if schedule.kind == "flow" and spaced_as(schedule, "trailing") and "ends=" not in chosen.text and hasattr(chosen.options, "ends"):
+        return replace(schedule, spacing=f"{chosen.text}{',' if ':' in chosen.text else ':'}ends=trailing")
     return replace(schedule, spacing=chosen.text)
 
 

@@ -17,7 +17,7 @@ from edgediffusion.bundle import Bundle, DynamicShift, NoiseSchedule
 from edgediffusion.export.families import family_of, flux
 from edgediffusion.export.source import Source
 from edgediffusion.runtimes.samplers import flow_euler
-from edgediffusion.runtimes.schedules import at_size
+from edgediffusion.runtimes.schedules import at_size, respaced
 
 
 class TestDev(Conformance):
@@ -71,5 +71,5 @@ def test_a_ramp_runs_between_the_sigmas_that_the_pipeline_asks_for(spacing: str)
     options: dict[str, Any] = {f"use_{spacing}_sigmas": True}
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, **options)
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / 6, 6))
-    ours = flow_euler.points(NoiseSchedule("flow", 1000, spacing=f"{spacing}:ends=trailing"), 6)
+    ours = flow_euler.points(respaced(NoiseSchedule("flow", 1000, spacing="trailing"), spacing), 6)
     np.testing.assert_allclose([point.sigma for point in ours.at], theirs.sigmas[:-1].numpy(), rtol=1e-6)
