@@ -2,9 +2,9 @@
 
     python benchmarks/optimum_interop.py [SOURCE] [--environment FOLDER]
 
-Exports SOURCE, makes a virtual environment with optimum-onnx in it, and draws with its ORTStableDiffusionPipeline and
-with our runtime from the same starting noise. The environment is made in a temporary folder, or in FOLDER, where it is
-found again by the next run.
+Exports SOURCE, makes a virtual environment with optimum-onnx in it, and draws with its ORTStableDiffusionPipeline, or
+what it calls SOURCE's class (ORTStableDiffusionXLPipeline), and with our runtime from the same starting noise. The
+environment is made in a temporary folder, or in FOLDER, where it is found again by the next run.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ ALLOWED_255 = 2.0
 THEIRS = """
 import sys, json
 import numpy as np, torch
-from optimum.onnxruntime import ORTStableDiffusionPipeline
+from optimum import onnxruntime
 bundle, noise, prompt, steps, scale, output = sys.argv[1:]
-pipeline = ORTStableDiffusionPipeline.from_pretrained(bundle)
+kind = json.load(open(bundle + "/model_index.json"))["_class_name"]
+pipeline = getattr(onnxruntime, "ORT" + kind).from_pretrained(bundle)
 pipeline.set_progress_bar_config(disable=True)
 images = pipeline(
     prompt, num_inference_steps=int(steps), guidance_scale=float(scale), latents=torch.from_numpy(np.load(noise)), output_type="np",
@@ -81,7 +82,7 @@ def main() -> int:
             arguments.source, python, Path(folder), prompt=arguments.prompt, steps=arguments.steps, scale=arguments.guidance_scale
         )
     print(json.dumps(found, indent=1))
-    save("optimum_interop", found)
+    save("optimum_interop" if arguments.source == FASHION else f"optimum_interop_{arguments.source.name}", found)
     return 0 if float(str(found["largest_255"])) <= ALLOWED_255 else 1
 
 
