@@ -211,3 +211,25 @@ def test_picture_formats(bundle: Bundle, tmp_path: Path, suffix: str) -> None:
 def test_one_picture_is_no_grid() -> None:
     picture = Image.new("RGB", (8, 8))
     assert grid([picture]) is picture
+
+
+def test_pictures_that_lead(bundle: Bundle, tmp_path: Path) -> None:
+    for name, shade in (("edges", 10), ("depth", 90)):
+        Image.new("L", (8, 8), shade).save(tmp_path / f"{name}.png")
+    one = ("--prompt", "a room", "--control-image", tmp_path / "edges.png", "--control-scale", 0.8, "--control-part", "0,0.5")
+    run(bundle, *one, "-o", tmp_path / "a.png")
+    asked = StandIn.asked
+    assert asked["control_image"].getpixel((0, 0)) == 10
+    assert (asked["controlnet_conditioning_scale"], asked["control_guidance_start"], asked["control_guidance_end"]) == (0.8, 0.0, 0.5)
+    run(bundle, *one[:6], "--control-image", tmp_path / "depth.png", "--control-scale", 0.5, "-o", tmp_path / "b.png")
+    assert [picture.getpixel((0, 0)) for picture in StandIn.asked["control_image"]] == [10, 90]
+    assert list(StandIn.asked["controlnet_conditioning_scale"]) == [0.8, 0.5]
+    refused = run(bundle, "--prompt", "a", "--control-part", "0.5", "-o", tmp_path / "c.png", code=2)
+    assert "--control-part takes two numbers" in refused.output
+
+
+def test_sizes_that_a_network_is_told(bundle: Bundle, tmp_path: Path) -> None:
+    sizes = ("--original-size", "100,200", "--crop", "3,4", "--target-size", "5,6")
+    run(bundle, "--prompt", "a room", *sizes, "-o", tmp_path / "a.png")
+    asked = StandIn.asked
+    assert (asked["original_size"], asked["crops_coords_top_left"], asked["target_size"]) == ((100, 200), (3, 4), (5, 6))
