@@ -148,6 +148,10 @@ class TestOnTheDevice:
         jetson.facts["tensorrt"] = "10.3.1"
         assert jetson.run("build")[0] == 0
         assert len(jetson.built) == 6
+        assert {p.name: p.read_bytes().count(b"kernel") for p in (jetson.kit / "work").glob("*.cache")} == {
+            "timing-10.3.0.cache": 3,
+            "timing-10.3.1.cache": 3,
+        }
 
     def test_engines_that_compute_something_else_are_not_kept_as_a_bundle(self, jetson: Jetson) -> None:
         jetson.facts["off_by"] = {"unet": 0.5, "vae_decoder": float("nan")}

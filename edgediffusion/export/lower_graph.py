@@ -85,20 +85,17 @@ def _lower_graph(graph: ir.Graph | ir.Function, since: int, opset: int, rewritte
     """Subgraphs of If and Loop are lowered too: ``all_nodes`` has their nodes."""
     inside = isinstance(graph, ir.Function)
     for node in list(graph.all_nodes()):
-        if node.domain not in ("", "ai.onnx") or not _differs(node.op_type, since, opset):
+        if node.domain not in ("", "ai.onnx"):
             continue
         try:
-            if node.op_type in RULES:
-                if RULES[node.op_type](node, Writer(node, since, opset, in_function=inside)):
-                    rewritten[node.op_type] += 1
-            else:
+            if _since(node.op_type, since) <= opset:
+                continue
+            if node.op_type not in RULES:
                 _check(node, since, opset)
+            elif RULES[node.op_type](node, Writer(node, since, opset, in_function=inside)):
+                rewritten[node.op_type] += 1
         except Refused as reason:
             refused.append(str(reason))
-
-
-def _differs(operator: str, since: int, opset: int) -> bool:
-    return _since(operator, since) > opset
 
 
 def _since(operator: str, opset: int) -> int:

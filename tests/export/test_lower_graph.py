@@ -334,6 +334,12 @@ def test_what_the_older_set_cannot_say_is_refused_with_the_reason(name: str) -> 
     assert any(re.search(reason, said) for said in report.refused), report.refused
 
 
+def test_an_operator_that_onnx_does_not_know() -> None:
+    model = ir.from_proto(model_of("float[B,8] x", "float[B,8] y", "y = Sin (x)"))
+    model.graph[0].op_type = "Sinus"
+    assert lower_model(model, 20).refused == ("'Sinus' is no operator of opset 23",)
+
+
 def changed() -> list[str]:
     """Every operator that came, or came to take other inputs or attributes, after the oldest opset and up to 23."""
     found = []

@@ -1,7 +1,7 @@
 """The engines of a kit, built one component at a time, each in a process of its own and kept until all are there.
 
     work/engines/<component>/    the engine's files, and built.json: what it was made from, with what, and what that took
-    work/timing.cache            what kernels took (TensorRT)
+    work/timing-<version>.cache  what kernels took (TensorRT); another version would refuse it
 
 A component whose ``built.json`` says what would be made now, and whose files have the bytes that it states, is not built again.
 """
@@ -131,7 +131,7 @@ def _build(
             "options": {
                 "device": kit.target.device,
                 "compute_capabilities": [capability] if capability else [],
-                "timing_cache": str(folder.parent.parent / "timing.cache"),
+                "timing_cache": str(folder.parent.parent / f"timing-{wanted['version']}.cache"),
                 "workspace_bytes": workspace_bytes,
             },
         }
