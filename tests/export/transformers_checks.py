@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from edgediffusion.export.source import Source
 from edgediffusion.export.validate import Validation, validate
 from edgediffusion.registry import find
 from edgediffusion.runtimes import Pipeline
+from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph
 
 Arrays = dict[str, np.ndarray]
@@ -63,7 +65,7 @@ class Conformance:
         assert {found.component for found in report.components} >= {c.name for c in bundle.components if c.cut is None}
 
     def test_no_graph_computes_in_float64(self, bundle: Bundle) -> None:
-        for component in bundle.components:
+        for component in (component for component in bundle.components if component.cut is None):
             model = ir.load(bundle.path / component.model)
             wide = [value.name for node in model.graph.all_nodes() for value in node.outputs if value.dtype == ir.DataType.DOUBLE]
             assert not wide, (component.name, wide)
@@ -140,9 +142,14 @@ def whole_of(bundle: Bundle) -> Component:
     return component
 
 
+@lru_cache(maxsize=16)
+def session(file: Path) -> Session:
+    return find("runtimes.engines", "onnxruntime").open_session(file, threads=1)  # type: ignore[no-any-return]
+
+
 def run(bundle: Bundle, component: Component, arrays: Arrays) -> Arrays:
     """What the graph gives; it takes what it needs of ``arrays``."""
-    graph = Graph(component, find("runtimes.engines", "onnxruntime").open_session(bundle.path / component.model, threads=1))
+    graph = Graph(component, session(bundle.path / component.model))
     binding = graph.bind({spec.name: arrays[spec.name].shape for spec in component.inputs})
     for name, array in binding.inputs.items():
         array[...] = arrays[name]

@@ -18,7 +18,7 @@ Builder = Callable[[], Any]
 
 def t5(width: int = 24) -> tuple[T5EncoderModel, T5Tokenizer]:
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((c, -5.0) for c in "abcdefghijklmnopqrstuvwxyz")]
-    config = T5Config(vocab_size=32, d_model=width, d_kv=12, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(vocab_size=32, d_model=width, d_kv=12, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
     return T5EncoderModel(config), T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 

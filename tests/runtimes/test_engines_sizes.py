@@ -48,6 +48,14 @@ def test_usual_sizes_are_those_of_one_picture_and_of_two(tmp_path: Path) -> None
     assert usual_sizes(write_bundle(tmp_path / "part", sampling=None)) == {}
 
 
+def test_texts_with_something_before_them_are_longer_than_those_without(tmp_path: Path) -> None:
+    assert ENCODE.tokenizer is not None
+    encode = replace(ENCODE, tokenizer=replace(ENCODE.tokenizer, length=8, prefix="a photo of", prefix_tokens=3))
+    bundle = write_bundle(tmp_path / "bundle", components=(encode, DENOISE, DECODE))
+    assert usual_sizes(bundle)["tokens"] == SizeRange(8, 11, 11)
+    assert bundle.component(encode.name).tokenizer == encode.tokenizer  # as it was written
+
+
 def test_a_part_of_an_axis_has_a_part_of_its_range() -> None:
     sizes = {"height": SizeRange(8, 16, 32), "width": SizeRange(8, 8, 8)}
     assert range_of("height/2", sizes) == SizeRange(4, 8, 16)
