@@ -70,6 +70,7 @@ def asked(theirs: Any, sampling: Sampling, prompt: str, run: Run) -> Asked:
     if led:
         picture = _control_pictures(theirs, run.seed, size)
         ours["control_image"], other["control_image" if "control_image" in taken else "image"] = picture, picture
+        other["controlnet_conditioning_scale"] = 1.0  # not all of them have it by default
     if "use_clipped_model_output" in taken and sampling.clip is not None:
         other["use_clipped_model_output"] = True  # as the loop here does: what is left of x_t is the noise beside a clipped x_0
     return Asked({**both, **ours}, {**both, **other})
