@@ -26,7 +26,13 @@ def _sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.command(name="import-onnx")
 @click.argument("model", type=click.Path(path_type=Path))
 @output_option("BUNDLE", "The folder to write; it must not exist.")
-@click.option("--role", type=click.Choice(["denoise", "decode", "encode_image", "encode"]), default="denoise", show_default=True)
+@click.option(
+    "--role",
+    type=click.Choice(["denoise", "decode", "encode_image", "encode"]),
+    default="denoise",
+    show_default=True,
+    help="What the graph is for.",
+)
 @click.option("--name", default="", help="Of the component; the role's by default.")
 @click.option("--rename", "names", multiple=True, callback=_pairs, metavar="THEIRS=OURS", help="An input or output; may be repeated.")
 @click.option("--axis", "axes", multiple=True, callback=_pairs, metavar="THEIRS=OURS", help="A free axis, by name or as tensor:place.")

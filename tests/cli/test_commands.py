@@ -40,6 +40,8 @@ class Library:
         self.arguments, self.settings = arguments, settings
         if "progress" in settings:
             settings.pop("progress")("working", 1.0)
+        if "announce" in settings:
+            settings.pop("announce")(Answer("4 GB"))
         return self.answer
 
 
@@ -67,17 +69,41 @@ def run(*arguments: object, code: int = 0) -> Result:
     return result
 
 
-@pytest.mark.parametrize(("flag", "dtype"), [("fp32", "float32"), ("fp16", "float16")])
+@pytest.mark.parametrize(("flag", "dtype"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")])
 def test_export(library: Callable[..., Library], bundle: Bundle, flag: str, dtype: str) -> None:
     export = library("edgediffusion.export", "export")
     result = run("export", "source", "-o", "out", "--dtype", flag, "--opset", 20, "--weights", "copy")
     assert export.arguments == (Path("source"), Path("out"))
-    assert export.settings == {"dtype": dtype, "opset": 20, "weights": "copy", "cuts": (), "row_timesteps": False}
+    plain = {"cuts": (), "row_timesteps": False, "keep_float32": (), "loras": (), "target": None}
+    assert export.settings == {"dtype": dtype, "opset": 20, "weights": "copy", **plain}
     assert result.stdout.startswith("out: text_encoder, unet; ")
     assert "working" in result.stderr
     answer = json.loads(run("export", "source", "-o", "out", "--json").stdout)
     assert answer["digest"] == bundle.digest
     assert answer["components"] == ["text_encoder", "unet"]
+    assert answer["estimate"]["name"] == "4 GB"
+    assert "4 GB" in result.stderr
+
+
+def test_export_changes_weights(library: Callable[..., Library], bundle: Bundle) -> None:
+    export = library("edgediffusion.export", "export")
+    loras = ("--lora", "ink.safetensors:0.8", "--lora", "plain.safetensors", "--lora", "c:/odd:-1")
+    run("export", "source", "-o", "out", *loras, "--keep-fp32", "vae", "--keep-fp32", "unet.mid_block", "--target", "l4")
+    assert export.settings["loras"] == (("ink.safetensors", 0.8), ("plain.safetensors", 1.0), ("c:/odd", -1.0))
+    assert (export.settings["keep_float32"], export.settings["target"]) == (("vae", "unet.mid_block"), "l4")
+
+
+def test_overflow(library: Callable[..., Library], bundle: Bundle) -> None:
+    @dataclass(frozen=True)
+    class Found:
+        keep: tuple[str, ...]
+
+    find = library("edgediffusion.optimize.overflow", "find_overflow", Found(("vae.decoder", "unet.mid_block")))
+    result = run("overflow", bundle.path, "--prompt", "a shoe", "--steps", 4)
+    assert (find.arguments, find.settings) == ((bundle,), {"prompts": ("a shoe",), "steps": 4, "seed": 0})
+    assert result.stdout.endswith("\n--keep-fp32 vae.decoder --keep-fp32 unet.mid_block\n")
+    find.answer = Found(())
+    assert "no --keep-fp32 is needed" in run("overflow", bundle.path).stdout
 
 
 def test_calibrate(library: Callable[..., Library], bundle: Bundle, tmp_path: Path) -> None:
