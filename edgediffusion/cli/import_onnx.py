@@ -58,9 +58,9 @@ def command(
     weights: str,
     as_json: bool,
 ) -> None:
-    """Take MODEL, an ONNX file that somebody else exported, as a bundle.
+    """Take somebody's ONNX file as a bundle.
 
-    A denoiser takes sample and timestep beside its conditions, and gives out_sample: --rename says what is called so.
+    MODEL is renamed to what its role wants, run once, and its weights stay in their files. A denoiser takes sample and timestep beside its conditions, and gives out_sample: --rename says what is called so.
 
     \b
     Example:

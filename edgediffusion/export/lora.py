@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edgediffusion.bundle import Bundle
 from edgediffusion.errors import ArgumentError, SourceError
 from edgediffusion.export.checkpoint import Stored, read_header, refuse_pickle
 from edgediffusion.export.lora_names import family_told, modules_of, place
@@ -138,6 +139,21 @@ def fused(loras: Sequence[Lora], networks: Mapping[str, Mapping[str, Sequence[in
             made_for = f": it was made for {family}" if family else ""
             raise _unfit(lora.file, f"{what} of this pipeline ({', '.join(networks)}){made_for}", lost or misshapen, do=_DO)
     return changes
+
+
+def refuse_fused(bundle: Bundle) -> None:
+    """Refuse to compare a bundle with its source where LoRAs were fused into it: the source has other weights.
+
+    Raises:
+        ArgumentError: the bundle was exported with LoRAs.
+    """
+    loras = bundle.history[0].arguments.get("loras", ()) if bundle.history else ()
+    if loras:
+        raise ArgumentError(
+            f"The bundle '{bundle.path}' has LoRAs fused into its weights, which its source does not have",
+            got=", ".join(lora["file"] for lora in loras),
+            do="Calibrate it without --source; or fuse them in diffusers (fuse_lora, save_pretrained), and export that folder.",
+        )
 
 
 def read_values(stored: Stored) -> np.ndarray:

@@ -16,6 +16,7 @@ from edgediffusion.bundle import CONTROL, CUT_ROLES, SHALLOW_CONTROL, Bundle, Co
 from edgediffusion.errors import ArgumentError, BundleError
 from edgediffusion.export import Progress
 from edgediffusion.export.families import Axis, Part, Tensor, family_of
+from edgediffusion.export.lora import refuse_fused
 from edgediffusion.export.pictures import Run, asked, takes_prompt
 from edgediffusion.export.quiet import quiet
 from edgediffusion.export.schedule import scheduler_of
@@ -137,6 +138,7 @@ def _summary(run: Run, components: tuple[ComponentError, ...], pictures: tuple[P
 
 
 def _check_origin(bundle: Bundle, source: Source) -> None:
+    refuse_fused(bundle)
     made_of = bundle.history[0].arguments.get("pipeline", source.class_name) if bundle.history else source.class_name
     if made_of != source.class_name:
         raise ArgumentError(

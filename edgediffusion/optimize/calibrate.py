@@ -160,8 +160,10 @@ def _source(folder: Path) -> Source:
 def _same_source(bundle: Bundle, source: Source) -> None:
     """Refuse a source that the bundle was not exported from: its ranges would be those of other weights."""
     from edgediffusion.export.families import family_of
+    from edgediffusion.export.lora import refuse_fused
     from edgediffusion.files import sha256
 
+    refuse_fused(bundle)
     networks = {part.network for part in family_of(source)[1].parts(source)}
     digest = source.digest({file: sha256(file) for name in networks for file in source.checkpoint(name).files})
     stated = next((verb.arguments.get("source") for verb in bundle.history if verb.name == "export"), None)

@@ -24,6 +24,7 @@ from edgediffusion.errors import ArgumentError, SourceError
 from edgediffusion.export import export
 from edgediffusion.export.lora import Lora, fused
 from edgediffusion.export.lora_names import modules_of, place
+from edgediffusion.export.validate import validate
 from edgediffusion.runtimes.engines.onnxruntime import open_session
 
 Arrays = dict[str, np.ndarray]
@@ -315,6 +316,8 @@ def test_only_touched_weights_are_written_anew(small: Path, tmp_path: Path, only
     np.testing.assert_allclose(next(iter(written.values())), weights[name] + 0.5 * up @ down, rtol=0, atol=1e-6)
     (fact,) = bundle.history[0].arguments["loras"]
     assert (fact["file"], fact["scale"]) == (file.name, 0.5)
+    with pytest.raises(ArgumentError, match=rf"LoRAs fused.*Got: {file.name}"):
+        validate(bundle, small)
     assert str(tmp_path).encode() not in (bundle.path / "bundle.json").read_bytes()
     ids = np.zeros((1, 16), np.int64)
     binding = open_session(folder / "model.onnx").bind({"batch": 1})
