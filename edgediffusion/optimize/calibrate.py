@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgediffusion.bundle import Bundle, Component
+from edgediffusion.bundle import CONTROL, Bundle, Component
 from edgediffusion.errors import ArgumentError, OutputError
 from edgediffusion.optimize import parts
 from edgediffusion.optimize.items import Drawing, Drawn, Tell, check_drawing, draw_items
@@ -148,6 +148,12 @@ def _denoisers(bundle: Bundle) -> tuple[Component, ...]:
     found = bundle.with_role("denoise")
     if len(found) != 1:
         raise ArgumentError("Calibration needs a bundle with one denoiser", got=f"{len(found)} of them")
+    if led := bundle.with_role(CONTROL):
+        raise ArgumentError(
+            "Calibration has no pictures to lead a ControlNet with",
+            got=", ".join(component.name for component in led),
+            do="Export the pipeline without it and calibrate that bundle: its state is of the same weights, and serves this one too.",
+        )
     return found
 
 
