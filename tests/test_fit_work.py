@@ -39,6 +39,7 @@ def graph(signature: str, body: str) -> str:
 NODES = {
     "same": "z = Softmax <axis = 1> (x)",
     "cast": "z = Cast <to = 10> (x)",
+    "cast like": "z = CastLike (x, one_two)",
     "broadcast": "z = Add (x, row)",
     "compared": "z = LessOrEqual (x, row)",
     "where": "b = Equal (x, row) z = Where (b, row, x)",
@@ -92,6 +93,7 @@ CONSTANTS = {
     "flat": np.array([16, 24], "int64"),
     "one_two": np.array([0, 1], "int64"),
     "rest": np.array([-1], "int64"),
+    "second": np.array(1, "int64"),
     "two": np.array([2, 2, 2, 2], "int64"),
     "from": np.array([1], "int64"),
     "until": np.array([3], "int64"),
@@ -129,6 +131,12 @@ def test_shapes_are_computed_where_onnx_gives_up(tmp_path: Path) -> None:
     body = "s = Shape (x) h = Div (s, two) p = Slice (h, from, until) t = Concat <axis = 0> (p, rest) z = Reshape (x, t)"
     file = written(tmp_path, graph("(float[2, 8, 6, 4] x) => (z)", body), **CONSTANTS)
     assert _values(read_nodes(file), {}, "test")["z"].shape == (4, 3, 2 * 8 * 6 * 4 // 12)
+
+
+def test_parts_of_a_sequence_are_known_where_onnx_gives_up(tmp_path: Path) -> None:
+    body = "p = SplitToSequence <axis = 1, keepdims = 1> (x, parts) z = SequenceAt (p, second)"
+    file = written(tmp_path, graph("(float[2, 8, 6, 4] x) => (z)", body), **CONSTANTS)
+    assert _values(read_nodes(file), {}, "test")["z"].shape == (2, 5, 6, 4)
 
 
 def test_sizes_of_a_shipped_network_are_those_that_it_runs_with() -> None:

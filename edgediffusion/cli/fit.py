@@ -28,11 +28,11 @@ def command(
     max_memory: str | None,
     as_json: bool,
 ) -> None:
-    """Estimate whether a BUNDLE fits a target and how fast it should be, before anything is built.
+    """Say whether a BUNDLE fits a target, and how fast it should be.
 
-    From its graphs and the target's facts: memory and time of each component, of a step and of a picture, what would be traded until it
-    fits, and how far such estimates were off where they were checked. A processor without figures in its file is measured for half
-    a second, if it is this machine's.
+    Before anything is built, from its graphs and the target's facts: memory and time of each component, of a step and of a
+    picture, what would be traded until it fits, and how far such estimates were off where they were checked. A processor
+    without figures in its file is measured for half a second, if it is this machine's.
 
     \b
     Example:

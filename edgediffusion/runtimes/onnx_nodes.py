@@ -132,7 +132,27 @@ def _graph(data: memoryview, functions: Mapping[tuple[str, str], _Function]) -> 
             name, declared = _declared(message(value))
             values[number][name] = declared
     inputs = {name: declared for name, declared in values[11].items() if name not in stored}
-    return OnnxGraph(inputs, tuple(values[12]), tuple(nodes), stored, {**values[13], **values[12], **inputs})
+    return OnnxGraph(inputs, tuple(values[12]), _without_sequences(nodes, stored), stored, {**values[13], **values[12], **inputs})
+
+
+def _without_sequences(nodes: list[Node], stored: Mapping[str, Stored]) -> tuple[Node, ...]:
+    """``SplitToSequence`` as ``Split``, and ``SequenceAt`` as the part that it takes, where all of them say which one."""
+    taken: dict[str, list[int]] = {}
+    for node in nodes:
+        at = stored.get(node.inputs[1]) if node.operator == "SequenceAt" else None
+        if at is not None and at.data is not None:
+            taken.setdefault(node.inputs[0], []).append(int(at.data.item()))
+    parts: dict[str, list[str]] = {}
+    found = []
+    for node in nodes:
+        if node.operator == "SplitToSequence" and min(taken.get(node.outputs[0], [-1])) >= 0:
+            parts[node.outputs[0]] = [f"{node.outputs[0]}/{i}" for i in range(max(taken[node.outputs[0]]) + 1)]
+            node = replace(node, operator="Split", outputs=tuple(parts[node.outputs[0]]))
+        elif node.operator == "SequenceAt" and node.inputs[0] in parts and node.inputs[1] in stored:
+            at = stored[node.inputs[1]]
+            node = replace(node, operator="Identity", inputs=(parts[node.inputs[0]][int(at.data.item())],)) if at.data is not None else node
+        found.append(node)
+    return tuple(found)
 
 
 def _inlined(node: Node, functions: Mapping[tuple[str, str], _Function], prefix: str) -> list[Node]:

@@ -42,6 +42,10 @@ def _cast(node: Node, given: Values) -> list[Value]:
     return [Value(TYPES[node.integer("to", 1)], at(given, 0).shape)]
 
 
+def _cast_like(node: Node, given: Values) -> list[Value]:
+    return [Value(at(given, 1).dtype, at(given, 0).shape)]
+
+
 def _broadcast(node: Node, given: Values) -> list[Value]:
     values = [value for value in given if value is not None]
     dtype = "bool" if node.operator in _COMPARE else values[-1].dtype
@@ -73,6 +77,7 @@ SAME: Mapping[str, Rule] = {
     **dict.fromkeys((*_NORMS, *_ACTIVATIONS, *_SMOOTH, *_FUNCTIONS, *_ENTRIES), _same),
     **dict.fromkeys(_BROADCAST, _broadcast),
     "Cast": _cast,
+    "CastLike": _cast_like,
     "DequantizeLinear": _dequantize,
     "DynamicQuantizeLinear": _dynamic_quantize,
     "QuantizeLinear": _quantize,
