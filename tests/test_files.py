@@ -68,6 +68,54 @@ def test_a_link_that_leads_nowhere_is_an_output_that_exists(tmp_path: Path) -> N
         pytest.fail("the block must not run")
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_replaced_whole_and_open_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "file").write_text("old", encoding="utf-8")
+    with (old / "file").open(encoding="utf-8") as held:
+        with new_folder(old, replace=True) as folder:
+            (folder / "file").write_text("new", encoding="utf-8")
+            assert (old / "file").read_text(encoding="utf-8") == "old"
+        assert (old / "file").read_text(encoding="utf-8") == "new"
+        assert held.read() == "old"
+    assert everything(tmp_path) == ["out"]
+    with pytest.raises(ValueError, match="no"), new_folder(old, replace=True):
+        raise ValueError("no")
+    assert (old / "file").read_text(encoding="utf-8") == "new"
+    with new_folder(tmp_path / "another", replace=True):
+        pass
+    assert everything(tmp_path) == ["another", "out"]
+
+
+def test_where_the_second_rename_fails_the_old_folder_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    rename, old = os.rename, tmp_path / "out"
+    old.mkdir()
+    (old / "file").write_text("old", encoding="utf-8")
+
+    def refuse_the_new_one(source: Path, target: Path) -> None:
+        if ".partial-" in str(source):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"), new_folder(old, replace=True):
+        pass
+    assert everything(tmp_path) == ["out"]
+    assert (old / "file").read_text(encoding="utf-8") == "old"
+
+
+def test_an_output_that_another_process_finishes_first_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_refuse_existing", lambda path: None)  # it appears between the look and the rename
+    with pytest.raises(OutputError, match="exists already: another process has written it meanwhile"), new_folder(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("theirs", encoding="utf-8")
+    assert everything(tmp_path) == ["out"]
+
+
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists already"), new_folder(tmp_path / "out"):
         (tmp_path / "out").mkdir()
