@@ -28,6 +28,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _report import RESULTS, save
 from _shapes import make
 
@@ -80,9 +81,23 @@ def main() -> None:
             print(row, found[row], flush=True)
             save("export_scale", {"rows": found})
     print(text.table(HEAD, [(name, *(row.get(key, "") for key in _KEYS)) for name, row in found.items()]))
+    print(fitted([row for name, row in found.items() if "weights" in row and EXPORTS[name][3] == "float32"]))
 
 
 _KEYS = ("parameters", "seconds", "peak_mb", "written_mb", "said_seconds", "said_mb", "import_seconds")
+
+
+def fitted(rows: list[dict[str, Any]]) -> str:
+    """The constants of export/estimate.py, by least squares over exports that converted nothing."""
+    if len(rows) < 3:
+        return ""
+    counts = np.array([[row["graphs"], row["weights"]] for row in rows], float)
+    part_s, weight_s = np.linalg.lstsq(counts, np.array([row["seconds"] for row in rows]), rcond=None)[0]
+    single = [row for row in rows if row["graphs"] == 1]
+    sizes = np.array([[1.0, row["weights"]] for row in single])
+    base, each = np.linalg.lstsq(sizes, np.array([row["peak_mb"] for row in single]), rcond=None)[0]
+    graph = sum(row["written_mb"] for row in rows) / counts[:, 1].sum() * 1e6
+    return f"fitted: {part_s:.2f} s a graph, {weight_s:.4f} s a weight; {base:.0f} MB and {each:.3f} MB a weight; {graph:.0f} B a weight written"
 
 
 def measured(row: str, folder: Path, peers: Path | None) -> dict[str, Any]:
@@ -132,6 +147,8 @@ def export_one(row: str, folder: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begun, 1),
         "processor_seconds": round(time.process_time() - cpu, 1),
         "peak_mb": peak_mb(),
+        "graphs": said[0].graphs,
+        "weights": said[0].weights,
         "said_seconds": said[0].seconds,
         "said_mb": round(said[0].memory_bytes / 1e6),
         "said_written_mb": round(said[0].written_bytes / 1e6, 1),

@@ -1,7 +1,7 @@
 """What an export will read, write and need, told before it begins: from the headers of the weight files alone.
 
-The constants are those of benchmarks/export_scale.py, on two cores of an AMD EPYC; its table has the estimates beside what was
-measured. A graph has about as many nodes as its network has weights, so time and memory go by their number, not by their size.
+A graph has about as many nodes as its network has weights, so time and memory go by their number, not by their size.
+benchmarks/export_scale.py prints the constants that fit its rows best, and has the estimates beside what was measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgediffusion.text import size
 
 _PART_S, _WEIGHT_S = 1.0, 0.014
 _HASHED_BYTES_S, _CONVERTED_BYTES_S, _COPIED_BYTES_S = 1.5e9, 0.4e9, 0.8e9
-_IMPORTED_BYTES, _WEIGHT_BYTES, _GRAPH_BYTES = 500e6, 0.25e6, 5000.0
+_IMPORTED_BYTES, _WEIGHT_BYTES, _GRAPH_BYTES = 500e6, 0.25e6, 700.0
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """``written_bytes`` are those besides links. ``seconds`` are counted from the end of the imports."""
+    """``written_bytes`` are those besides links. ``seconds`` are counted from the end of the imports. ``weights`` is their number."""
 
+    graphs: int
+    weights: int
     read_bytes: int
     written_bytes: int
     memory_bytes: int
@@ -55,6 +57,8 @@ def estimate(works: Sequence[Work], files: Sequence[Path], folder: Path, *, link
     tracing = len(works) * _PART_S + sum(weights) * _WEIGHT_S
     moving = converted / _CONVERTED_BYTES_S + (converted / _HASHED_BYTES_S) + copied / _COPIED_BYTES_S
     return Estimate(
+        graphs=len(works),
+        weights=sum(weights),
         read_bytes=read,
         written_bytes=round(sum(weights) * _GRAPH_BYTES) + converted + copied,
         memory_bytes=round(_IMPORTED_BYTES + max(weights, default=0) * _WEIGHT_BYTES),

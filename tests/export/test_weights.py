@@ -237,7 +237,7 @@ class TestEstimate:
 
     def test_is_one_line(self) -> None:
         assert (
-            str(Estimate(3_400_000_000, 12_000_000, 600_000_000, 15.2))
+            str(Estimate(4, 1000, 3_400_000_000, 12_000_000, 600_000_000, 15.2))
             == "will read 3.4 GB, write 12 MB, need about 600 MB of memory and 15 s"
         )
 
@@ -247,8 +247,8 @@ class TestEstimate:
         with pytest.raises(
             OutputError, match=r"too full for this bundle\. Got: 1 MB free\. Allowed: 2 GB and more\. Free some space.*link"
         ):
-            refuse_full_disk(Estimate(1, 2_000_000_000, 1, 1.0), tmp_path / "bundle")
-        refuse_full_disk(Estimate(1, 900_000, 1, 1.0), tmp_path / "bundle")
+            refuse_full_disk(Estimate(1, 1, 1, 2_000_000_000, 1, 1.0), tmp_path / "bundle")
+        refuse_full_disk(Estimate(1, 1, 1, 900_000, 1, 1.0), tmp_path / "bundle")
 
 
 class TestHashing:
