@@ -97,7 +97,8 @@ def fitted(rows: list[dict[str, Any]]) -> str:
     sizes = np.array([[1.0, row["weights"]] for row in single])
     base, each = np.linalg.lstsq(sizes, np.array([row["peak_mb"] for row in single]), rcond=None)[0]
     graph = sum(row["written_mb"] for row in rows) / counts[:, 1].sum() * 1e6
-    return f"fitted: {part_s:.2f} s a graph, {weight_s:.4f} s a weight; {base:.0f} MB and {each:.3f} MB a weight; {graph:.0f} B a weight written"
+    time_said = f"{part_s:.2f} s a graph, {weight_s:.4f} s a weight"
+    return f"fitted: {time_said}; {base:.0f} MB and {each:.3f} MB a weight; {graph:.0f} B a weight written"
 
 
 def measured(row: str, folder: Path, peers: Path | None) -> dict[str, Any]:
