@@ -16,6 +16,7 @@ import numpy as np
 
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
+from edgediffusion.runtimes import control
 from edgediffusion.runtimes.engine_manifest import ONNX, choose, read
 from edgediffusion.runtimes.engines import NOT_SHARED, Binding, Session
 from edgediffusion.runtimes.graph import Graph, open_components
@@ -119,7 +120,8 @@ class Bounded:
         def components(plan: Plan) -> tuple[Component, ...]:
             roles = ("encode", "decode", *(("encode_image",) if plan.painting is not None else ()))
             others = tuple(c for c in bundle.components if c.role in roles)
-            return (*others, *(plan.cache or policy).components(bundle))
+            denoisers = (plan.cache or policy).components(bundle)
+            return (*others, *control.components(bundle, denoisers), *denoisers)
 
         self._stages = Stages(opened)
         self._room = Room(bundle, parse_bytes(max_memory), components)

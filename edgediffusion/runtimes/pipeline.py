@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgediffusion.bundle import CONTROL, Bundle, Component, Sampling
+from edgediffusion.bundle import CONTROL, Bundle, Component
 from edgediffusion.errors import ArgumentError, BundleError, Cancelled
 from edgediffusion.runtimes import caching, correcting, preflight
 from edgediffusion.runtimes import noise as noises
@@ -25,15 +25,17 @@ from edgediffusion.runtimes.denoiser import Denoiser, Observe
 from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph, open_components
 from edgediffusion.runtimes.loop import Loop, Result, Step, Timings, since
-from edgediffusion.runtimes.memory_stages import Bounded
 from edgediffusion.runtimes.network import Graphs, Network, Policy
 from edgediffusion.runtimes.painting import Canvas, Start
+from edgediffusion.runtimes.parts import Load, autoencoder_of, channels_of, refuse_to_load, sampling_of
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
 from edgediffusion.runtimes.samplers import refuse_company
 from edgediffusion.runtimes.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from edgediffusion.runtimes.memory_stages import Bounded
 
 ROLES = ("encode", CONTROL, "decode")  # always loaded; of the denoising graphs those that the caching policy runs
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -71,13 +73,13 @@ class Pipeline:
         ``bounded``, plans are made to fit its memory."""
         graphs = [Graph(c, sessions[c.name]) for c in bundle.components if c.name in sessions]
         self.bundle = bundle
-        self.sampling = _sampling(bundle)
+        self.sampling = sampling_of(bundle)
         self._bounded = bounded
         self._policy = caching.resolve(cache)
-        self._graphs = Graphs(bundle, graphs, load or _refuse_to_load)
+        self._graphs = Graphs(bundle, graphs, load or refuse_to_load)
         self._denoise = self._graphs.of(self._policy)[0]
-        self._channels = _channels(self._denoise, self.sampling)
-        self._autoencoder = _autoencoder(bundle, self.sampling, graphs, load)
+        self._channels = channels_of(self._denoise, self.sampling)
+        self._autoencoder = autoencoder_of(bundle, self.sampling, graphs, load)
         inputs = self._graphs.inputs(self._policy)
         wanted = {spec.name for spec in inputs}
         encoders = [TextEncoder(g, bundle.path, wanted=wanted) for g in graphs if g.component.role == "encode"]
@@ -112,10 +114,15 @@ class Pipeline:
             bundle = preflight.ready(path, target=target, rebuild=True, threads=threads)
         elif not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
-        _sampling(bundle)  # refused before minutes of loading
+        sampling_of(bundle)  # refused before minutes of loading
         policy = caching.resolve(cache)
-        bounded = None if max_memory is None else Bounded(bundle, max_memory, policy, target=target, threads=threads)
-        load = partial(open_components, bundle, target=target, threads=threads) if bounded is None else bounded.load
+        load: Load = partial(open_components, bundle, target=target, threads=threads)
+        bounded = None
+        if max_memory is not None:
+            from edgediffusion.runtimes.memory_stages import Bounded  # reads graphs: not for those who only draw
+
+            bounded = Bounded(bundle, max_memory, policy, target=target, threads=threads)
+            load = bounded.load
         graphs = load([*(c for c in bundle.components if c.role in ROLES), *policy.components(bundle)])
         return cls(bundle, {graph.name: graph.session for graph in graphs}, cache=policy, load=load, bounded=bounded)
 
@@ -322,48 +329,9 @@ class Pipeline:
         return min(found, key=lambda c: c.below or 0.0).name if found else self._denoise.name
 
 
-def _sampling(bundle: Bundle) -> Sampling:
-    if bundle.sampling is None or not bundle.with_role("denoise"):
-        raise BundleError(
-            f"The bundle '{bundle.path}' cannot draw: it has no denoiser, or no facts about sampling",
-            got=", ".join(f"{c.name} ({c.role})" for c in bundle.components) or "no components",
-            do="Export a whole pipeline.",
-        )
-    return bundle.sampling
-
-
-def _only(bundle: Bundle, graphs: Sequence[Graph], role: str) -> Graph:
-    found = [graph for graph in graphs if graph.component.role == role]
-    if len(found) != 1:
-        raise BundleError(f"A pipeline runs one '{role}' graph", got=f"{len(found)} in '{bundle.path}'")
-    return found[0]
-
-
-def _autoencoder(
-    bundle: Bundle, sampling: Sampling, graphs: Sequence[Graph], load: Callable[[Sequence[Component]], Sequence[Graph]] | None
-) -> Autoencoder:
-    """The encoder is opened when a picture is to be encoded: most pipelines never do."""
-    decoder = _only(bundle, graphs, "decode") if bundle.with_role("decode") else None
-    opened = [graph for graph in graphs if graph.component.role == "encode_image"]
-    components = bundle.with_role("encode_image")
-    if opened:
-        return Autoencoder(sampling, decoder, lambda: opened[0])
-    return Autoencoder(sampling, decoder, (lambda: load(components)[0]) if load is not None and components else None)
-
-
-def _channels(denoiser: Graph, sampling: Sampling) -> int:
-    """Of the denoiser's sample, where it says how many."""
-    shape = denoiser.input("sample").shape
-    return shape[1] if len(shape) > 1 and isinstance(shape[1], int) else sampling.latent_channels
-
-
 def _tell(callback: Callable[[Step], bool | None] | None, step: Step) -> None:
     if callback is not None and callback(step) is False:
         raise Cancelled(f"Stopped after step {step.index + 1} of {step.total}")
-
-
-def _refuse_to_load(components: Sequence[Component]) -> Sequence[Graph]:
-    raise BundleError("The pipeline was made without some graphs that it needs", got=", ".join(c.name for c in components))
 
 
 def _first_noise(request: Request, plan: Plan, noise: noises.Noise) -> np.ndarray:

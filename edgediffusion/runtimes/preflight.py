@@ -186,11 +186,12 @@ def sizes_of(component: Component, plan: Plan, sampling: Sampling) -> dict[str, 
     """The sizes of the axes that a picture of this plan calls a component with."""
     factor = sampling.downsampling
     height, width = plan.latent_shape[2:]
-    if component.role.startswith("denoise"):
-        rows = 2 if plan.classifier_free and not plan.separate else 1
-        return {"batch": rows * len(plan.prompts), "height": height, "width": width}
     if component.role == "encode":
         return {"batch": 1}
+    if component.role not in ("decode", "encode_image"):  # the denoiser, its parts, and what steers it
+        rows = 2 if plan.classifier_free and not plan.separate else 1
+        sizes = {"image_height": height * factor, "image_width": width * factor}
+        return {"batch": rows * len(plan.prompts), "height": height, "width": width, **sizes}
     if plan.tile:
         height, width = min(height, plan.tile // factor), min(width, plan.tile // factor)
     return {"batch": 1, "height": height, "width": width, "image_height": height * factor, "image_width": width * factor}
