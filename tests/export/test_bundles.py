@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import onnx
 import pytest
@@ -27,7 +28,9 @@ from transformers import CLIPTokenizer
 from edgediffusion.bundle import Bundle, NoiseSchedule
 from edgediffusion.errors import ArgumentError
 from edgediffusion.export import export
+from edgediffusion.export.pictures import Run, asked
 from edgediffusion.export.validate import Validation, validate
+from edgediffusion.runtimes import Pipeline
 
 Exported = Callable[..., Bundle]
 Only = Callable[..., None]
@@ -78,6 +81,15 @@ def test_a_lower_opset_computes_the_same_also_in_parts(small: Path, exported: Ex
 def test_other_samplers_draw_what_diffusers_draws(stable_diffusion: Path, exported: Exported, sampler: str) -> None:
     report = compare(exported(stable_diffusion), stable_diffusion, sampler=sampler, prompts=PROMPTS[:1])
     assert (report.sampler, report.largest_255 < 2) == (sampler, True)
+
+
+def test_a_flow_draws_from_a_picture_what_diffusers_draws(flow_t5: Path, exported: Exported) -> None:
+    """The bundle of the pipeline that draws from nothing: the classes have the same networks."""
+    theirs = diffusers.StableDiffusion3Img2ImgPipeline.from_pretrained(flow_t5)
+    theirs.set_progress_bar_config(disable=True)
+    ours = Pipeline.from_bundle(exported(flow_t5), threads=1)
+    mine, other = asked(theirs, ours.sampling, PROMPTS[0], Run("flow-euler", 5, 4.0, 3)).draw(ours, theirs)
+    assert np.abs(mine - other).max() < 2 / 255
 
 
 def test_float16_runs_and_is_close(small: Path, exported: Exported) -> None:

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import transformers_tiny
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from transformers_checks import Conformance
+from transformers_checks import Conformance, of_size
 
 from edgediffusion.bundle import Bundle, DynamicShift, NoiseSchedule
 from edgediffusion.export.families import family_of, flux
+from edgediffusion.export.pictures import Run, asked
 from edgediffusion.export.source import Source
+from edgediffusion.runtimes import Pipeline
 from edgediffusion.runtimes.samplers import flow_euler
 from edgediffusion.runtimes.schedules import at_size, respaced
 
@@ -32,6 +34,15 @@ class TestDev(Conformance):
         assert (facts.latent_channels, facts.latent_shift) == (4, 0.1)
         assert {spec.name: spec.shape for spec in bundle.component("transformer").inputs}["guidance"] == ("batch",)
         assert Bundle.open(bundle.path) == bundle  # the shift is read as it was written
+
+    @pytest.mark.parametrize("kind", ["FluxImg2ImgPipeline", "FluxInpaintPipeline"])
+    def test_the_same_bundle_draws_from_a_picture_what_diffusers_draws(self, source: Path, bundle: Bundle, kind: str) -> None:
+        sized = of_size(bundle, *self.SIZE)
+        theirs = getattr(diffusers, kind).from_pretrained(source)
+        theirs.set_progress_bar_config(disable=True)
+        ours = Pipeline.from_bundle(sized, threads=1)
+        mine, other = asked(theirs, ours.sampling, "a bag", Run("flow-euler", 5, 3.5, 3)).draw(ours, theirs)
+        assert np.abs(mine - other).max() < 2 / 255
 
 
 SHIFT = DynamicShift(0.5, 1.15, 256, 4096, token_pixels=4)
