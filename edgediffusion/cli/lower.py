@@ -33,7 +33,7 @@ def command(bundle: Path, target: str | None, opset: int | None, output: Path, a
         made = lower(Bundle.open(bundle), output, target=target, opset=opset, progress=progress)
     done = made.history[-1].arguments
     rows = [
-        [name, g["opset_before"], g["opset"], g["nodes_before"], g["nodes"], ", ".join(f"{n} {op}" for op, n in g["rewritten"].items())]
+        [name, g["opset_before"], g["opset"], g["nodes_before"], g["nodes"], ", ".join(f"{op} {n}" for op, n in g["rewritten"].items())]
         for name, g in done["graphs"].items()
     ]
     text = f"{output}: in opset {done['opset']}\n\n" + table(["graph", "opset", "now", "nodes", "now", "rewritten"], rows)

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 
 from edgediffusion.export.lower_graph import OLDEST, RULES, lower_model
+from edgediffusion.optimize.passes._simulation import DOMAIN, add_functions, function_name
 
 EPS = {"float": 2.0**-23, "float16": 2.0**-10}
 NUMPY = {"float": np.float32, "float16": np.float16, "bool": np.bool_, "int64": np.int64, "int8": np.int8}
@@ -332,6 +333,23 @@ def test_what_the_older_set_cannot_say_is_refused_with_the_reason(name: str) -> 
     *graph, opset, reason = REFUSED[name]
     report = lower_model(ir.from_proto(model_of(*graph)), opset)
     assert any(re.search(reason, said) for said in report.refused), report.refused
+
+
+@pytest.mark.parametrize("kind", ["e2m1", "e1m2", "fp8", "nvfp4"])
+def test_the_functions_that_simulate_number_formats(kind: str) -> None:
+    model = ir.from_proto(model_of("float[B,16] x, float scale", "float[B,16] y", "y = Identity (x)"))
+    add_functions(model, [kind])
+    model.graph[0].op_type, model.graph[0].domain = function_name(kind), DOMAIN
+    model.graph[0].resize_inputs(2)
+    model.graph[0].replace_input_with(1, model.graph.inputs[1])
+    before = ir.to_proto(model)
+    after, report = lowered(before, 19)
+    assert report.refused == ()
+    assert {o.version for f in after.functions for o in f.opset_import if not o.domain} == {19}
+    feeds = {"x": feeds_of(before)["x"], "scale": np.array(0.3, np.float32)}
+    np.testing.assert_array_equal(run(before, feeds)[0], run(after, feeds)[0])
+    refused = lowered(before, 18)[1].refused
+    assert refused == ((r"Cast to float8e4m3fn is of a later opset",) if kind in ("fp8", "nvfp4") else ())
 
 
 def test_an_operator_that_onnx_does_not_know() -> None:

@@ -81,5 +81,5 @@ def _manifest(kit: Kit, facts: Facts, bundle: Bundle, built: Mapping[str, Built]
         for name in built
     }
     files = {name: one.file for name, one in built.items()}
-    capability = kit.target.compute_capability
-    return EngineManifest.of(kit.engine, facts.library, bundle, files, shapes=shapes if capability else {}, compute_capability=capability)
+    capability, ranged = kit.target.compute_capability, kit.target.compute_capability or kit.target.device == "npu"
+    return EngineManifest.of(kit.engine, facts.library, bundle, files, shapes=shapes if ranged else {}, compute_capability=capability)
