@@ -8,38 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgediffusion import __version__, files, registry, targets
+from edgediffusion import __version__, files, targets
 from edgediffusion.bundle import Bundle, Component, Verb, write
 from edgediffusion.errors import ArgumentError, EngineError
 from edgediffusion.files import link_or_copy
 from edgediffusion.runtimes import pick as picking
+from edgediffusion.runtimes.build_checks import Job, check_job, check_version, engine_of, taken_by
 from edgediffusion.runtimes.engine_manifest import ENGINES, FILE, EngineManifest
-from edgediffusion.runtimes.onnx_header import read_header
 from edgediffusion.runtimes.pick import MAX_ERROR, Trial
 from edgediffusion.runtimes.reuse import Earlier, Wanted
 from edgediffusion.runtimes.sizes import Sizes, axes_of, parse_sizes, range_of, usual_sizes
-from edgediffusion.targets import Target
 
 PICKS = ("order", "measured")
 Progress = Callable[[str, float], None]
-_REFUSED = ("fp8", "fp4")  # formats that a graph has by intention only, and that an engine without kernels fails on, late and in its words
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything a component's engine is made with; ``given`` are the options of the engines' ``build`` that were asked for, and
-    ``engines`` those of the target that come into question."""
-
-    bundle: Bundle
-    target: Target
-    engines: tuple[str, ...]
-    given: Mapping[str, Any]
-    shapes: Sizes
-    asked: Sizes
-    threads: int | None
-    max_error: float
-    earlier: Earlier | None = None
-    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +77,10 @@ def build(
     asked = parse_sizes(shapes) if isinstance(shapes, str) and shapes else dict(shapes or {})
     given = {"precision": precision, "shapes": asked or None, "timing_cache": timing_cache}
     shapes = {**usual_sizes(bundle), **asked}
-    job = _Job(bundle, device, engines, given, shapes, asked, threads, max_error)
-    _check(job, version=pick == "order")
+    job = Job(bundle, device, engines, given, shapes, asked, threads, max_error)
+    check_job(job, version=pick == "order")
     if reuse is not None:
-        gpu = device.compute_capability if any("compute_capabilities" in _takes(name) for name in engines) else ""
+        gpu = device.compute_capability if any("compute_capabilities" in taken_by(name) for name in engines) else ""
         wanted = Wanted(bundle, engines, precision, shapes, gpu, pick == "measured", max_error)
         job = dataclasses.replace(job, earlier=Earlier.of(reuse, device.name, required=reuse is not bundle), wanted=wanted)
     with files.new_folder(output, replace=replace) as folder:
@@ -107,7 +88,7 @@ def build(
     return Bundle.open(output)
 
 
-def _write(job: _Job, folder: Path, make: Callable[[_Job, Component, Path, Progress], _Made], progress: Progress) -> None:
+def _write(job: Job, folder: Path, make: Callable[[Job, Component, Path, Progress], _Made], progress: Progress) -> None:
     """The whole new bundle: the graphs, the engines, what they are, and what was done."""
     bundle, target = job.bundle, job.target.name
     kept = [n for n in bundle.files if not n.startswith(f"{ENGINES}/{target}/")]
@@ -127,7 +108,7 @@ def _write(job: _Job, folder: Path, make: Callable[[_Job, Component, Path, Progr
     write(folder, family=bundle.family, components=bundle.components, sampling=bundle.sampling, history=history, known=known)
 
 
-def _arguments(job: _Job, make: object, built: Mapping[str, _Made]) -> dict[str, Any]:
+def _arguments(job: Job, make: object, built: Mapping[str, _Made]) -> dict[str, Any]:
     """What the history keeps: what was asked for, and what was taken from an earlier build."""
     measured = make is _picked
     said = {
@@ -140,7 +121,7 @@ def _arguments(job: _Job, make: object, built: Mapping[str, _Made]) -> dict[str,
     return {"target": job.target.name, **{key: _plain(value) for key, value in said.items() if value}}
 
 
-def _reused(job: _Job, component: Component, place: Path, progress: Progress) -> _Made | None:
+def _reused(job: Job, component: Component, place: Path, progress: Progress) -> _Made | None:
     if job.earlier is None or job.wanted is None or not job.earlier.fits(component, job.wanted):
         return None
     progress(f"{component.name}: taken from the earlier build", 0.0)
@@ -149,105 +130,17 @@ def _reused(job: _Job, component: Component, place: Path, progress: Progress) ->
     return _Made(job.earlier.take(component.name, place), engine, precision, trials, reused=True)
 
 
-def _check(job: _Job, *, version: bool) -> None:
-    """Refuse all that can be refused before a folder is made; ``version`` also by that of the first engine's library."""
-    _check_place(job.target)
-    _check_options(job)
-    if version:
-        _check_version(job.target, job.engines[0])
-    for component in job.bundle.components:
-        _check_graph(job, component)
-    _check_axes(job)
-
-
-def _engine(name: str) -> Any:
-    return registry.find("runtimes.engines", name, kind="engine")
-
-
-def _takes(engine: str) -> tuple[str, ...]:
-    taken: tuple[str, ...] = getattr(_engine(engine), "options", ())
-    return taken
-
-
-def _check_options(job: _Job) -> None:
-    known = {name for engine in job.engines for name in _takes(engine)}
-    if unknown := [name for name, value in job.given.items() if value and name not in known]:
-        raise ArgumentError(
-            f"The engine '{', '.join(job.engines)}' of the target '{job.target.name}' has no such option",
-            got=", ".join("--" + name.replace("_", "-") for name in unknown),
-            allowed=", ".join("--" + name.replace("_", "-") for name in job.given if name in known) or "none",
-        )
-
-
-def _check_place(target: Target) -> None:
-    here = targets.this_machine()
-    if not target.ahead and (target.architecture != here.architecture or here.system not in target.systems):
-        raise EngineError(
-            f"Engines for '{target.name}' are built on such a machine",
-            got=f"{here.system} on {here.architecture}",
-            allowed=f"{', '.join(target.systems)} on {target.architecture}",
-            do="Copy the bundle there and build it there.",
-        )
-
-
-def _check_version(target: Target, engine: str) -> None:
-    version, wanted = _engine(engine).version(), target.libraries.get(engine, "")
-    if not targets.in_range(version, wanted):
-        raise EngineError(
-            f"The target '{target.name}' takes other versions of {engine}",
-            got=version,
-            allowed=wanted,
-            do="Install one of them, or take a target of your own: docs/targets.md.",
-        )
-
-
-def _check_graph(job: _Job, component: Component) -> None:
-    """Refuse what the target's engine cannot read or has no kernels for, before minutes of building and in our own words."""
-    if not all(map(_takes, job.engines)):  # one of them reads any ONNX file, or none
-        return
-    header = read_header(job.bundle.path / component.model)
-    if lacking := [f for f in header.formats if f in _REFUSED and f not in job.target.formats]:
-        able = [name for name in targets.names() if set(lacking) <= set(targets.load(name).formats)]
-        raise EngineError(
-            f"The target '{job.target.name}' has no kernels for what '{component.name}' is computed in",
-            got=", ".join(lacking),
-            allowed=", ".join(job.target.formats),
-            do=f"Quantize it by another recipe, as int8, or take a target that has them: {', '.join(able) or 'none is known'}.",
-        )
-    floats = {spec.dtype for spec in header.outputs if spec.dtype.startswith("float")}
-    if "compute_capabilities" in _takes(job.engines[0]) and not floats <= set(job.target.formats):  # typed as the file says
-        raise EngineError(
-            f"The target '{job.target.name}' has no kernels for the float format of '{component.name}'",
-            got=", ".join(sorted(floats)),
-            allowed=", ".join(job.target.formats),
-            do="Export it again: edgediffusion export SOURCE --dtype fp16 -o BUNDLE",
-        )
-    if header.opset > job.target.opset:
-        raise EngineError(
-            f"The target '{job.target.name}' does not read the opset of '{component.name}'",
-            got=header.opset,
-            allowed=f"{job.target.opset} and older",
-            do=f"Export it again: edgediffusion export SOURCE --opset {job.target.opset} -o BUNDLE. Quantization states serve both.",
-        )
-
-
-def _check_axes(job: _Job) -> None:
-    known = axes_of([spec for c in job.bundle.components for spec in c.inputs])
-    if unknown := [axis for axis in job.asked if axis not in known]:
-        raise ArgumentError("No graph of the bundle has such an axis", got=", ".join(unknown), allowed=", ".join(known) or "none")
-
-
-def _first(job: _Job, component: Component, place: Path, progress: Progress) -> _Made:
+def _first(job: Job, component: Component, place: Path, progress: Progress) -> _Made:
     name = job.engines[0]
-    file: str = component.name + _engine(name).suffix
+    file: str = component.name + engine_of(name).suffix
     progress(component.name, 0.0)
     _build_one(job, component, name, job.given["precision"], place / file, progress)
     return _Made(file, name, job.given["precision"] or "")
 
 
-def _picked(job: _Job, component: Component, place: Path, progress: Progress) -> _Made:
+def _picked(job: Job, component: Component, place: Path, progress: Progress) -> _Made:
     def build_one(engine: str, precision: str, file: Path) -> None:
-        _check_version(job.target, engine)
+        check_version(job.target, engine)
         _build_one(job, component, engine, precision or None, file, lambda label, part: None)
 
     file, trials = picking.pick(
@@ -266,7 +159,7 @@ def _picked(job: _Job, component: Component, place: Path, progress: Progress) ->
     return _Made(file, chosen.engine, chosen.precision, trials)
 
 
-def _build_one(job: _Job, component: Component, engine: str, precision: str | None, file: Path, progress: Progress) -> None:
+def _build_one(job: Job, component: Component, engine: str, precision: str | None, file: Path, progress: Progress) -> None:
     target = job.target
     every = {
         "device": target.device,
@@ -276,14 +169,14 @@ def _build_one(job: _Job, component: Component, engine: str, precision: str | No
         "timing_cache": job.given["timing_cache"],
         "progress": lambda label, part: progress(f"{component.name}: {label}", part),
     }
-    options = {name: value for name, value in every.items() if name in _takes(engine) and value}
+    options = {name: value for name, value in every.items() if name in taken_by(engine) and value}
     try:
-        _engine(engine).build(job.bundle.path / component.model, file, threads=job.threads, **options)
+        engine_of(engine).build(job.bundle.path / component.model, file, threads=job.threads, **options)
     except EngineError as error:
         raise EngineError(f"The component '{component.name}' could not be built: {error}", do=_advice(job)) from error
 
 
-def _advice(job: _Job) -> str:
+def _advice(job: Job) -> str:
     """A graph with Q/DQ nodes where another engine wants them is a reason to fail that no library names."""
     made = next((verb.arguments for verb in reversed(job.bundle.history) if verb.name == "quantize"), {})
     placement = made.get("placement") or (made and targets.load(str(made.get("target", ""))).placement)
@@ -295,11 +188,11 @@ def _advice(job: _Job) -> str:
     )
 
 
-def _manifest(job: _Job, built: Mapping[str, _Made]) -> EngineManifest:
+def _manifest(job: Job, built: Mapping[str, _Made]) -> EngineManifest:
     """The manifest's engine is the denoiser's; a component that another one serves says so itself."""
     denoisers = [c.name for c in job.bundle.with_role("denoise")]
     main = built[(denoisers or list(built))[0]]
-    ranged = {"compute_capabilities", "shapes"} <= set(_takes(main.engine)) or job.target.device == "npu"
+    ranged = {"compute_capabilities", "shapes"} <= set(taken_by(main.engine)) or job.target.device == "npu"
     shapes = {
         name: {
             axis: (r.smallest, r.usual, r.largest)
@@ -310,14 +203,14 @@ def _manifest(job: _Job, built: Mapping[str, _Made]) -> EngineManifest:
     }
     manifest = EngineManifest.of(
         main.engine,
-        _engine(main.engine).version(),
+        engine_of(main.engine).version(),
         job.bundle,
         {name: made.file for name, made in built.items()},
         shapes=shapes if ranged else {},
-        compute_capability=job.target.compute_capability if "compute_capabilities" in _takes(main.engine) else "",
+        compute_capability=job.target.compute_capability if "compute_capabilities" in taken_by(main.engine) else "",
         precision=main.precision,
     )
-    others = {name: (made.engine, _engine(made.engine).version()) for name, made in built.items() if made.engine != main.engine}
+    others = {name: (made.engine, engine_of(made.engine).version()) for name, made in built.items() if made.engine != main.engine}
     return manifest.served_by(others, [asdict(trial) for made in built.values() for trial in made.trials])
 
 

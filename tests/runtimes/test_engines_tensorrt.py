@@ -175,6 +175,11 @@ class TestRunning:
         )
         with pytest.raises(EngineError, match=r"is not valid here. Got: UNSUPPORTED_CC, OLD_CUDA_DRIVER. Build it anew"):
             engine.open_session(write_engine(tmp_path))
+        if hasattr(engine, "invalidity"):  # what the preflight asks
+            assert engine.invalidity(write_engine(tmp_path)) == "UNSUPPORTED_CC, OLD_CUDA_DRIVER"
+            assert engine.invalidity(write_engine(tmp_path, b"another engine")) == "no reason given"
+            with pytest.raises(EngineError, match=r"could not read '.*missing.rtx'"):
+                engine.invalidity(tmp_path / "missing.rtx")
 
     def test_without_a_gpu_it_says_so(self, faked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(targets, "cuda_devices", lambda: ())
