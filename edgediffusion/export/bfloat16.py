@@ -9,8 +9,11 @@ is cut there takes and gives float32 too. All of these casts are exact.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import onnx_ir as ir
+
+from edgediffusion.bundle import Component, TensorSpec
 
 NARROW = ir.DataType.BFLOAT16
 
@@ -27,6 +30,15 @@ def speak_float32(graph: ir.Graph) -> None:
     for place, value in enumerate(graph.outputs):
         if value.dtype == NARROW:
             graph.outputs[place] = _given_in_float32(graph, value)
+
+
+def spoken(component: Component) -> Component:
+    """The component of a graph as it is once it speaks float32."""
+    return replace(component, inputs=tuple(map(_wide, component.inputs)), outputs=tuple(map(_wide, component.outputs)))
+
+
+def _wide(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, dtype="float32") if spec.dtype == NARROW.name.lower() else spec
 
 
 def _given_in_float32(graph: ir.Graph, value: ir.Value) -> ir.Value:

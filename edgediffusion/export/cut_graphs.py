@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from edgediffusion.bundle import Component, TensorSpec
 from edgediffusion.errors import BundleError
+from edgediffusion.export.bfloat16 import speak_float32
 from edgediffusion.files import link_or_copy
 
 LAST = "last_block.hidden_states"  # the sample's stream behind the last block of a transformer
@@ -71,6 +72,7 @@ def derive(whole: ir.Model, part: Component) -> tuple[Component, ir.Model]:
             found.inputs.remove(value)
     for name in [name for name in graph.initializers if name in found.initializers]:  # extract gives them in no order
         found.initializers[name] = found.initializers.pop(name)
+    speak_float32(found)
     _state_types(found, part)
     functions = list(model.functions.values())
     made_by = (whole.producer_name, whole.producer_version)

@@ -18,7 +18,7 @@ from edgediffusion import bundle
 from edgediffusion.bundle import CONTROL, Component, File, TensorSpec, Verb
 from edgediffusion.errors import ArgumentError
 from edgediffusion.export import Announce, Progress, Settings, tokenizers
-from edgediffusion.export.bfloat16 import NARROW, speak_float32
+from edgediffusion.export.bfloat16 import NARROW, speak_float32, spoken
 from edgediffusion.export.checkpoint import Stored
 from edgediffusion.export.control import shallow_parts
 from edgediffusion.export.cut_graphs import write_part
@@ -155,7 +155,11 @@ def _part(
     model = _graph(part, bones, settings.opset, cuts)
     if settings.row_timesteps and part.role in ("denoise", CONTROL):
         component = _with_row_timesteps(model.graph, component)
-    return (model, component, ()) if part.cuts is None or not cuts else (model, *part.cuts.settle(model.graph, component, cuts))
+    cut_out: tuple[Component, ...] = ()
+    if part.cuts is not None and cuts:
+        component, cut_out = part.cuts.settle(model.graph, component, cuts)
+    speak_float32(model.graph)  # last: what is at the cuts is found by the nodes that read it
+    return model, spoken(component), tuple(map(spoken, cut_out))
 
 
 def _choose_cuts(source: Source, bones: Mapping[Part, Skeleton], cuts: Sequence[str]) -> dict[Part, tuple[str, ...]]:
@@ -191,7 +195,6 @@ def _graph(part: Part, bones: Skeleton, opset: int, cuts: Sequence[str]) -> ir.M
     simplify(model)
     read_off_sample(model)
     lower_group_norm(model)
-    speak_float32(model.graph)
     return model
 
 
@@ -222,8 +225,7 @@ def _copy_texts(source: Source, part: Part, folder: Path, dtype: str) -> Compone
 
 def _spec(tensor: Tensor, dtype: str) -> TensorSpec:
     shape = tuple(axis if isinstance(axis, int) else axis.name for axis in tensor.axes)
-    spoken = "float32" if dtype == "bfloat16" else dtype  # see export.bfloat16
-    return TensorSpec(tensor.name, spoken if tensor.dtype == FLOAT else tensor.dtype, shape)
+    return TensorSpec(tensor.name, dtype if tensor.dtype == FLOAT else tensor.dtype, shape)
 
 
 def _copy_index(source: Source, folder: Path, family: Family) -> None:
