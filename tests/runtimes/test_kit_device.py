@@ -118,6 +118,7 @@ DOUBTFUL: dict[str, tuple[dict[str, Any], str, str]] = {
         "swap",
         r"There is no swap: if memory runs out the system ends the build. Add some",
     ),
+    "memory untold": ({"available_bytes": 0}, "memory", r"does not tell how much memory is available. Got: no /proc/meminfo"),
     "an unknown release": ({"machine": replace(ORIN.machine, release="")}, "JetPack", r"is not known. Got: no /etc/nv_tegra_release"),
 }
 

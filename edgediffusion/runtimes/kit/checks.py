@@ -204,7 +204,9 @@ def _memory(facts: Facts, largest: str, weights: int) -> Finding:
     available, least, usual = facts.available_bytes, 2 * weights, round(_PER_WEIGHT * weights) + _LEAST_BYTES
     swap = sum(s.bytes for s in facts.swaps if not s.compressed)
     do = "Close what is not needed, the desktop above all: sudo systemctl isolate multi-user.target."
-    if available and available + swap < least:
+    if not available:
+        return _warning("memory", "The system does not tell how much memory is available", got="no /proc/meminfo")
+    if available + swap < least:
         return _refused(
             "memory",
             f"There is too little memory to build '{largest}'",
@@ -212,7 +214,7 @@ def _memory(facts: Facts, largest: str, weights: int) -> Finding:
             allowed=f"{size(least)} or more",
             do=f"{do} Or add swap on a disk.",
         )
-    if available and available < usual:
+    if available < usual:
         return _warning(
             "memory", f"Building '{largest}' may take more memory than is available", got=f"{size(available)} of {size(usual)}", do=do
         )

@@ -67,7 +67,7 @@ def run(asked: Asked, say: Callable[[str], None], progress: Progress) -> None:
         return
     made = write_bundle(kit, facts, built, found, asked.output)
     say(f"{asked.output}: a bundle with engines for {kit.target.name}, {size(made.size_bytes())}")
-    say(f'run it with: edgediffusion run {asked.output} --prompt "..." -o picture.png, after pip install {kit.wheel}')
+    say(f'draw with it: pip install {kit.wheel} tokenizers pillow; edgediffusion run {asked.output} --prompt "..." -o picture.png')
 
 
 def _tell(findings: tuple[Finding, ...], say: Callable[[str], None]) -> None:
