@@ -4,7 +4,7 @@ What is traded until it fits, in this order, each on top of those before:
 
     1. One stage in memory at a time: the encoders are unloaded after encoding, the denoiser before decoding.
     2. Lower precision: float16 graphs where the target has kernels for them, then an int8 denoiser.
-    3. The decoder sees tiles of the picture, of half its longer side, then of a quarter.
+    3. The decoder sees tiles of the picture, of half its longer side, then of a quarter, where it is the decoder that does not fit.
     4. Fewer pictures at a time.
 """
 
@@ -86,7 +86,7 @@ def fit(
     first = Arrangement(_picture(bundle, height, width, steps, batch, guidance))
     available = max_memory if max_memory is not None else facts.memory_bytes(target, processor)
     tried: list[Tried] = []
-    for name, way in _ways(needs, bundle.sampling, first):
+    for name, way in _ways(needs, bundle.sampling, first, available):
         progress(name, len(tried) / (len(tried) + 2))
         parts = needs.components(way)
         total = needs.total_bytes(parts, way)
@@ -94,7 +94,9 @@ def fit(
         if tried[-1].fits:
             break
     steps_s = [part.seconds for part in parts if part.role == "denoise"]
-    larger = None if tried[-1].fits else facts.smallest_with(tried[-1].needed_bytes, device=target.device, architecture=target.architecture)
+    larger = None
+    if not tried[-1].fits and target.device != "cpu":  # a file for processors says nothing of memory
+        larger = facts.smallest_with(tried[-1].needed_bytes, device=target.device, architecture=target.architecture)
     return Fit(
         target=target.name,
         height=way.picture.height,
@@ -144,7 +146,7 @@ def _check(picture: Picture, sampling: Sampling) -> None:
             raise ArgumentError(f"'{name}' is too small", got=count, allowed="1 and more")
 
 
-def _ways(needs: Needs, sampling: Sampling | None, first: Arrangement) -> Iterator[tuple[str, Arrangement]]:
+def _ways(needs: Needs, sampling: Sampling | None, first: Arrangement, available: int) -> Iterator[tuple[str, Arrangement]]:
     """The arrangements to try, each with the name of what was traded last."""
     assert sampling is not None
     yield "as it is", first
@@ -159,11 +161,10 @@ def _ways(needs: Needs, sampling: Sampling | None, first: Arrangement) -> Iterat
         way = replace(way, formats={**way.formats, "denoise": "int8"})
         yield "denoiser in int8", way
     longer, unit = max(way.picture.height, way.picture.width), sampling.downsampling * _TILE_LATENTS
-    if any(part.role == "decode" for part in needs.parts):
-        for tile in dict.fromkeys(longer // part // unit * unit for part in (2, 4)):
-            if unit <= tile < longer:
-                way = replace(way, tile=tile)
-                yield f"the decoder in tiles of {tile} pixels", way
+    for tile in dict.fromkeys(longer // part // unit * unit for part in (2, 4)):
+        if unit <= tile < longer and needs.stage_bytes("decoder", way) > available:
+            way = replace(way, tile=tile)
+            yield f"the decoder in tiles of {tile} pixels", way
     while way.picture.batch > 1:
         way = replace(way, picture=replace(way.picture, batch=way.picture.batch // 2))
         yield f"{way.picture.batch} at a time", way

@@ -88,6 +88,11 @@ class Needs:
         held = max(stages.values(), default=0) if way.staged else sum(stages.values())
         return facts.idle_bytes(self.target) + held
 
+    def stage_bytes(self, stage: str, way: Arrangement) -> int:
+        """The process while one stage is in memory."""
+        parts = (self._component(component, way) for component in self.parts if stage_of(component) == stage)
+        return facts.idle_bytes(self.target) + sum(part.total_bytes for part in parts)
+
     def seconds(self, parts: tuple[ComponentFit, ...], way: Arrangement) -> float:
         """Of one picture. Denoisers that share the steps are each as long as all of them are on average."""
         denoisers = sum(part.role == "denoise" for part in parts) or 1

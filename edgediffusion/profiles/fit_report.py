@@ -52,7 +52,5 @@ def _pictures(count: int) -> str:
 def _verdict(found: Fit) -> str:
     if found.fits:
         return "It fits." if len(found.tried) == 1 else f"It fits, with: {'; '.join(way.name for way in found.tried[1:])}."
-    smallest = (
-        f"; the smallest known target with as much is '{found.smallest_target}'" if found.smallest_target else ", which no known target has"
-    )
-    return f"It does not fit: with all that can be traded it takes {size(found.needed_bytes)}{smallest}."
+    least = f"It does not fit: with all that can be traded it takes {size(found.needed_bytes)}"
+    return f"{least}; the smallest known target with as much is '{found.smallest_target}'." if found.smallest_target else f"{least}."
