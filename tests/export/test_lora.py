@@ -243,6 +243,25 @@ class TestNamesOfOtherCode:
         assert told == {name: f"unet.{module}" for name, (module,) in ours.items()}
         assert len(told) > 80
 
+    def test_flux(self) -> None:
+        from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+        with torch.device("meta"):
+            network = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        flat = {name: modules for name, modules in modules_of(shapes).items() if name.startswith(("double_blocks_", "single_blocks_"))}
+        names, keys = list(flat), {}
+        for number, (name, modules) in enumerate(flat.items()):
+            rows = sum(shapes[f"{module}.weight"][0] for module in modules)
+            keys[f"lora_unet_{name}.lora_down.weight"] = torch.full((1, 1), float(number))
+            keys[f"lora_unet_{name}.lora_up.weight"] = torch.ones(rows, 1)
+        told: dict[str, list[str]] = {}
+        for key, value in _convert_kohya_flux_lora_to_diffusers(keys).items():
+            if key.endswith(".lora_A.weight"):
+                told.setdefault(names[int(value)], []).append(key.removeprefix("transformer.").removesuffix(".lora_A.weight"))
+        assert {name: tuple(modules) for name, modules in told.items()} == flat
+        assert len(flat) == 13
+
     def test_flux_blocks_stand_for_several_modules(self) -> None:
         with torch.device("meta"):
             network = FluxTransformer2DModel(
