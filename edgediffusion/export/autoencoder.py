@@ -62,24 +62,24 @@ class Latents:
 
 @dataclass(frozen=True)
 class _Kind:
-    """``levels`` is the setting with an entry for each size of a picture on its way, ``scale`` the class's own ``scaling_factor``."""
+    """``levels`` is the setting with an entry for each size of a picture on its way."""
 
     levels: str
-    scale: float
     encoder: Callable[[torch.nn.Module], torch.nn.Module]
 
 
 _KINDS: Mapping[str, _Kind] = {
-    "AutoencoderKL": _Kind("block_out_channels", 0.18215, Encoder),
-    "AutoencoderTiny": _Kind("decoder_block_out_channels", 1.0, ExactEncoder),
-    "AutoencoderDC": _Kind("encoder_block_out_channels", 1.0, ExactEncoder),
+    "AutoencoderKL": _Kind("block_out_channels", Encoder),
+    "AutoencoderTiny": _Kind("decoder_block_out_channels", ExactEncoder),
+    "AutoencoderDC": _Kind("encoder_block_out_channels", ExactEncoder),
 }
 CLASSES = tuple(_KINDS)
 
 
 def facts(source: Source) -> Latents:
     """Raises SourceError: the pipeline has no autoencoder of a known class, or one whose channels are scaled each in its own way."""
-    config, kind = source.config(NAME), _KINDS[source.require_class(NAME, CLASSES)]
+    kind = _KINDS[source.require_class(NAME, CLASSES)]
+    config = source.settings(NAME)
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise SourceError(
             f"The autoencoder of this {source.class_name} scales each channel of its latents in its own way",
@@ -90,15 +90,16 @@ def facts(source: Source) -> Latents:
     return Latents(
         channels=config["latent_channels"],
         downsampling=int(2 ** (len(config[kind.levels]) - 1)),
-        scale=config.get("scaling_factor", kind.scale),
+        scale=config["scaling_factor"],
         shift=config.get("shift_factor") or 0.0,
     )
 
 
 def parts(source: Source) -> tuple[Part, Part]:
-    config, latents, kind = source.config(NAME), facts(source), _KINDS[source.require_class(NAME, CLASSES)]
+    latents, kind = facts(source), _KINDS[source.require_class(NAME, CLASSES)]
     factor, channels = latents.downsampling, latents.channels
-    in_channels, out_channels = config.get("in_channels", 3), config.get("out_channels", config.get("in_channels", 3))
+    config = source.settings(NAME)
+    in_channels, out_channels = config["in_channels"], config.get("out_channels", config["in_channels"])
     rows, columns = Axis("height", _ROWS), Axis("width", _COLUMNS)
     lines = [Axis(f"image_{axis.name}", axis.example * factor, factor) for axis in (rows, columns)]
     exact = kind.encoder is ExactEncoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class Source:
         """``config.json`` of a component, or the configuration of the scheduler."""
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         return _read_json(self.path / name / file)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """``config.json`` of a network of diffusers, and what its class has by default where the file is silent: old files are."""
+        parameters = inspect.signature(self._class(name).__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | self.config(name)
 
     def require_class(self, name: str, allowed: tuple[str, ...]) -> str:
         """The class name of a component.

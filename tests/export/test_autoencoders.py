@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,19 @@ def test_an_unknown_autoencoder_is_refused_by_its_name(source: Path) -> None:
     index = {**Source.open(source).index, "vae": ["diffusers", "AsymmetricAutoencoderKL"]}
     with pytest.raises(SourceError, match="AsymmetricAutoencoderKL. Allowed: AutoencoderKL, AutoencoderTiny, AutoencoderDC"):
         flux.parts(Source(source, index))
+
+
+def test_what_a_file_is_silent_about_is_as_its_class_has_it(source: Path, tmp_path: Path) -> None:
+    silent = Path(shutil.copytree(source, tmp_path / "silent"))
+    for network in ("vae", "transformer"):
+        file = silent / network / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(
+            json.dumps({key: value for key, value in config.items() if key not in ("scaling_factor", "in_channels", "patch_size")})
+        )
+    facts = flux.sampling(Source.open(silent))
+    assert (facts.latent_scale, facts.size_multiple) == (1.0, 4)
+    assert flux.parts(Source.open(silent))[-1].inputs[0].axes[1] == 3
 
 
 def test_latents_without_a_deviation_take_no_number_from_the_noise() -> None:

@@ -32,7 +32,7 @@ class Denoiser(torch.nn.Module):
 def parts(source: Source) -> tuple[Part, ...]:
     source.require_class("transformer", ("DiTTransformer2DModel",))
     check_components(source, _USED, OPTIONAL)
-    config = source.config("transformer")
+    config = source.settings("transformer")
     sample = (BATCH, config["in_channels"], config["sample_size"], config["sample_size"])
     denoise = Part(
         name="transformer",
@@ -47,7 +47,7 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, latents = source.config("transformer"), autoencoder.facts(source)
+    transformer, latents = source.settings("transformer"), autoencoder.facts(source)
     scheduler = read_scheduler(source)
     size = transformer["sample_size"] * latents.downsampling
     return Sampling(

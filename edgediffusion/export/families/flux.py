@@ -66,7 +66,7 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, latents = source.config("transformer"), autoencoder.facts(source)
+    transformer, latents = source.settings("transformer"), autoencoder.facts(source)
     scheduler = read_scheduler(source, use_dynamic_shifting=False)
     schedule = replace(trailing(scheduler), dynamic_shift=dynamic_shift(source, PATCH * latents.downsampling))
     guided = bool(transformer.get("guidance_embeds"))
@@ -96,7 +96,7 @@ def _places(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _transformer(source: Source) -> Part:
-    config = source.config("transformer")
+    config = source.settings("transformer")
     channels = config["in_channels"] // PATCH**2
     rows, columns = Axis("height", 4 * PATCH, PATCH), Axis("width", 6 * PATCH, PATCH)
     guidance = (Tensor("guidance", (BATCH,), "float32"),) if config.get("guidance_embeds") else ()

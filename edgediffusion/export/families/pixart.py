@@ -61,7 +61,7 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, latents = source.config("transformer"), autoencoder.facts(source)
+    transformer, latents = source.settings("transformer"), autoencoder.facts(source)
     scheduler = read_scheduler(source)
     size = transformer["sample_size"] * latents.downsampling
     return Sampling(
@@ -83,7 +83,7 @@ def sampling(source: Source) -> Sampling:
 
 
 def _transformer(source: Source, text: Part) -> Part:
-    config = source.config("transformer")
+    config = source.settings("transformer")
     patch = config["patch_size"]
     rows, columns = Axis("height", 4 * patch, patch), Axis("width", 6 * patch, patch)
     return Part(
