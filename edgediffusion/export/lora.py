@@ -8,6 +8,7 @@ file says otherwise. ``lora_names`` knows how files call the modules.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -139,6 +140,13 @@ def fused(loras: Sequence[Lora], networks: Mapping[str, Mapping[str, Sequence[in
             made_for = f": it was made for {family}" if family else ""
             raise _unfit(lora.file, f"{what} of this pipeline ({', '.join(networks)}){made_for}", lost or misshapen, do=_DO)
     return changes
+
+
+def identity(source: str, loras: Sequence[tuple[str, float]]) -> str:
+    """Of the weights that a bundle is made of: the source's own digest, or one of it and the LoRAs, by their sha256 and scales."""
+    if not loras:
+        return source
+    return hashlib.sha256("\n".join([source, *(f"{digest} {scale!r}" for digest, scale in loras)]).encode()).hexdigest()
 
 
 def refuse_fused(bundle: Bundle) -> None:

@@ -27,7 +27,7 @@ from edgediffusion.export.families import BATCH, FLOAT, Family, Part, Tensor, fa
 from edgediffusion.export.group_norm import lower_group_norm
 from edgediffusion.export.hashing import hashing
 from edgediffusion.export.kept import WHOLE, Kept, keep, kept_by_diffusers, read_kept
-from edgediffusion.export.lora import Lora, fused
+from edgediffusion.export.lora import Lora, fused, identity
 from edgediffusion.export.naming import match
 from edgediffusion.export.sample_sizes import read_off_sample
 from edgediffusion.export.simplify import simplify
@@ -95,7 +95,7 @@ def write_bundle(
         _copy_file(source.path / PROMPTS, folder / PROMPTS)
     arguments = {
         "pipeline": source.class_name,
-        "source": source.digest({file: hashes[file] for file in files}),
+        "source": identity(source.digest({file: hashes[file] for file in files}), [(hashes[lora.file], lora.scale) for lora in loras]),
         **_facts(settings, chosen, kept, loras, hashes),
     }
     history = (Verb("export", arguments, {tool: version(tool) for tool in _TOOLS}),)

@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 
 from edgediffusion.errors import ArgumentError, SourceError
 from edgediffusion.export import export
-from edgediffusion.export.lora import Lora, fused
+from edgediffusion.export.lora import Lora, fused, identity
 from edgediffusion.export.lora_names import modules_of, place
 from edgediffusion.export.validate import validate
 from edgediffusion.runtimes.engines.onnxruntime import open_session
@@ -125,6 +125,12 @@ def test_the_notes_of_peft_say_alpha(tmp_path: Path, settings: dict[str, Any], s
     notes = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in settings.items()})}
     found = change([lora(tmp_path, {f"unet.{LINEAR}.lora_A.weight": down, f"unet.{LINEAR}.lora_B.weight": up}, 1.0, notes)])
     np.testing.assert_allclose(found["unet"][f"{LINEAR}.weight"], scale * up @ down, rtol=0, atol=1e-4)
+
+
+def test_the_identity_of_weights_goes_by_files_and_scales() -> None:
+    assert identity("abc", []) == "abc"
+    one, other, twice = identity("abc", [("d", 0.5)]), identity("abc", [("d", 0.6)]), identity("abc", [("d", 0.5), ("d", 0.5)])
+    assert len({"abc", one, other, twice}) == 4
 
 
 def test_a_convolution(tmp_path: Path) -> None:
