@@ -274,7 +274,7 @@ class TestGraphs:
         policy = caching.resolve("deepcache")
         graphs = Graphs(unet, (), Counted(unet))
         network = graphs.network(policy, {"sample": (2, 4, 8, 8), "encoder_hidden_states": (2, 8, 6)}, 5)
-        (joined,) = graphs._joined.values()
+        (joined,) = graphs._joined._made.values()
         full, shallow = joined._bindings.values()
         assert full.outputs[CUT] is shallow.inputs[CUT]
         assert full.inputs["sample"] is shallow.inputs["sample"]
