@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from edgediffusion.cli._options import bundle_argument, engines_option, guidance_option, json_option, seed_option, steps_option
+from edgediffusion.cli._options import (
+    bundle_argument,
+    engines_option,
+    guidance_option,
+    json_option,
+    rebuild_option,
+    seed_option,
+    steps_option,
+)
 from edgediffusion.registry import names
 
 
@@ -27,6 +35,7 @@ from edgediffusion.registry import names
 @guidance_option
 @seed_option
 @engines_option
+@rebuild_option
 @click.option(
     "-o",
     "--output",
@@ -36,7 +45,7 @@ from edgediffusion.registry import names
     help="A picture of how much changes from step to step.",
 )
 @json_option
-def command(bundle: Path, prompts: Iterable[str], output: Path | None, as_json: bool, **settings: Any) -> None:
+def command(bundle: Path, prompts: Iterable[str], output: Path | None, rebuild: bool, as_json: bool, **settings: Any) -> None:
     """Find the caching policy that suits a BUNDLE.
 
     Draws your prompts without a cache and with every policy that fits the bundle's cuts, and tells what each spares and how
@@ -46,8 +55,8 @@ def command(bundle: Path, prompts: Iterable[str], output: Path | None, as_json: 
     Example:
       edgediffusion tune-cache bundle --prompts prompts.txt --quality 35 -o changes.png
     """
-    from edgediffusion.bundle import Bundle
     from edgediffusion.cli._changes import check_output, tuned_text, write_changes
+    from edgediffusion.cli._engines import opened
     from edgediffusion.cli._progress import Progress
     from edgediffusion.cli._prompts import read_prompts
     from edgediffusion.cli._show import show
@@ -56,7 +65,8 @@ def command(bundle: Path, prompts: Iterable[str], output: Path | None, as_json: 
     lines = read_prompts(prompts)
     check_output(output)
     with Progress() as progress:
-        found = tune_cache(Bundle.open(bundle), lines, progress=progress, **settings)
+        subject = opened(bundle, target=settings["target"], rebuild=rebuild, progress=progress)
+        found = tune_cache(subject, lines, progress=progress, **settings)
     if output is not None:
         write_changes(found.changes, output)
     show(found, tuned_text(found), as_json=as_json)

@@ -2,7 +2,7 @@
 
     1. Stages: encoders are loaded, run and closed before the denoiser is loaded, the decoder after the denoiser is closed.
     2. Memory is given back between the nodes of a graph, where the engine keeps an arena else.
-    3. The decoder sees tiles of the picture.
+    3. The decoder, and the encoder of pictures, see tiles.
     4. Both rows of classifier-free guidance go through the denoiser one after the other.
 
 1 and 2 change times only: the picture is the same to the bit. What a graph needs is estimated from its file (``work.py``), with
@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from edgediffusion.bundle import Bundle, Component
@@ -90,7 +90,7 @@ class Room:
                 return replace(plan, warnings=(*plan.warnings, *self._said(plan, plan, way))), way
         least = plan
         for tile in self._tiles(plan):
-            if self._stage(least, way, "decoder") > self.limit_bytes:
+            if max(self._stage(least, way, "decoder"), self._stage(least, way, "image encoder")) > self.limit_bytes:
                 least = replace(plan, tile=tile)
         if self._stage(least, way, "denoiser") > self.limit_bytes and plan.classifier_free and not self._has_fixed_rows():
             least = replace(least, separate=True)
@@ -165,7 +165,7 @@ def stage_of(component: Component) -> str:
     return _STAGES.get(component.role, "denoiser")
 
 
-@cache
+@lru_cache(maxsize=256)
 def _need(file: Path, axes: tuple[tuple[str, int], ...]) -> Need:
     work = graph_work(file, dict(axes))
     weights, peak, scores = work.weight_bytes, work.peak_bytes, max((node.scratch_bytes for node in work.nodes), default=0)

@@ -22,7 +22,7 @@ from edgediffusion import targets
 from edgediffusion.bundle import Bundle, Verb, write
 from edgediffusion.cli import main
 from edgediffusion.errors import ArgumentError, BundleError, EngineError, MissingExtra, OutputError
-from edgediffusion.registry import find
+from edgediffusion.registry import find, names
 from edgediffusion.runtimes import Pipeline, engine_manifest, preflight
 from edgediffusion.runtimes.build import build
 from edgediffusion.runtimes.engine_manifest import EngineManifest
@@ -243,6 +243,12 @@ class TestRebuild:
             with_manifest(Bundle.open(built.path), version="0.9")
             result = CliRunner().invoke(main, command)
             assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", names("cli"))
+def test_every_command_that_runs_engines_can_rebuild_them(name: str) -> None:
+    told = CliRunner().invoke(main, [name, "--help"]).output
+    assert ("--rebuild" in told) == ("Which of the bundle's engines" in told)
 
 
 class TestReuse:
