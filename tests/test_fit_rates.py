@@ -119,6 +119,12 @@ def test_the_smallest_target_that_would_do() -> None:
     assert fit.smallest_with(1 << 50, device="gpu") is None
 
 
+def test_says_how_far_it_was_off_and_where_that_is_not_known() -> None:
+    assert "median" in "".join(fit.known_error(targets.load("a100")).values())
+    assert not any("compute capability" in what for what in fit.known_error(targets.load("a100")))
+    assert "not known" in fit.known_error(targets.load("jetson-orin-nano"))["compute capability 8.7"]
+
+
 def test_every_share_of_the_file_is_a_share() -> None:
     table = fit.known_rates()
     assert set(table) == {"onnxruntime", "openvino", "tensorrt"}

@@ -146,12 +146,12 @@ class Needs:
         return _counted(self._bundle.path / component.model, tuple(sorted(self._axes(component, way).items())), self._engine != "tensorrt")
 
     def _axes(self, component: Component, way: Arrangement) -> dict[str, int]:
-        """The sizes of the named axes: one picture at a time for the decoder, as the runtime has it, and two rows for guidance."""
+        """The sizes of the named axes: a prompt and a picture at a time, as the runtime has it, and two rows for guidance."""
         sampling, picture = self._sampling(), way.picture
         height, width = picture.height, picture.width
         if component.role == "decode" and way.tile:
             height, width = min(height, way.tile), min(width, way.tile)
-        rows = {"decode": 1, "encode": picture.batch}.get(component.role, picture.batch * (2 if picture.guided else 1))
+        rows = picture.batch * (2 if picture.guided else 1) if component.role == "denoise" else 1
         latent = {"height": height // sampling.downsampling, "width": width // sampling.downsampling}
         return {"batch": rows, **latent, "image_height": height, "image_width": width}
 
@@ -159,7 +159,7 @@ class Needs:
         if component.role == "denoise":
             return way.picture.steps
         if component.role == "encode":
-            return 2 if way.picture.guided else 1
+            return way.picture.batch * (2 if way.picture.guided else 1)
         if not way.tile:
             return way.picture.batch
         stride = int(way.tile * (1 - OVERLAP))

@@ -149,8 +149,13 @@ def idle_bytes(target: Target) -> int:
 
 
 def known_error(target: Target) -> dict[str, str]:
-    """How far estimates were off where they were checked, in words: the targets' kind has figures of its own."""
-    return dict(known_rates()[engine_of(target)].get("error", {}))
+    """How far estimates were off where they were checked, in words, by what was checked; and what was not."""
+    table = known_rates()[engine_of(target)]
+    found = dict(table.get("error", {}))
+    if "peak" in table and target.compute_capability not in table["peak"]:
+        known = ", ".join(table["peak"])
+        found[f"compute capability {target.compute_capability}"] = f"not known: shares were fitted for {known}, the nearest of which it has"
+    return found
 
 
 def smallest_with(bytes_needed: int, *, device: str, architecture: str = "") -> Target | None:

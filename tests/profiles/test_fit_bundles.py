@@ -53,7 +53,7 @@ def test_a_larger_picture_takes_more(bundle: Bundle) -> None:
 
 def test_pictures_share_a_batch(bundle: Bundle) -> None:
     found = fit(bundle, CPU, processor=PROCESSOR, batch=4)
-    assert [part.calls for part in found.components] == [2, 3, 4]  # the decoder sees one picture at a time
+    assert [part.calls for part in found.components] == [8, 3, 4]  # a prompt and a picture at a time, as the runtime has it
     assert found.components[1].operations == 4 * fit(bundle, CPU, processor=PROCESSOR).components[1].operations
 
 
