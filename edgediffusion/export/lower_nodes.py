@@ -119,6 +119,8 @@ def _masked(node: ir.Node, write: Writer, scores: ir.Value, query: ir.Value, key
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is None:
         return scores
+    if mask.dtype is None:
+        raise Refused("Attention with a mask of an unknown type")
     if mask.dtype == ir.DataType.BOOL:
         mask = write.add("Where", mask, write.constant(0.0, dtype), write.constant(lowest, dtype), dtype=dtype)
     return write.add("Add", scores, mask)
