@@ -11,6 +11,7 @@ factors that were measured (benchmarks/max_memory.py).
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from edgediffusion.text import size
 # and some in two, kernels have room of their own, attention more than its scores at a time, and an arena grows by more than is asked for.
 _BESIDE, _MOST_BESIDE_BYTES = 0.7, 160 * 10**6  # of weights, and of activations
 _OF_SCORES, _OF_ARENA, _OF_SCORES_IN_ARENA = 0.5, 1.3, 0.9
+_FIRST_USE_BYTES = 30 * 10**6  # of ONNX Runtime's, the tokenizer's and Pillow's own, when each is first used
 _MARGIN = 1.03  # the largest graph that was measured had this much more than the estimate
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _STAGES = {"encode": "encoders", "decode": "decoder", "encode_image": "image encoder"}  # by role; all others are the denoiser's
@@ -74,10 +76,11 @@ class Room:
     """What there is to draw in, and how each picture is made to fit."""
 
     def __init__(self, bundle: Bundle, limit_bytes: int, components: Callable[[Plan], Sequence[Component]]):
-        """``components`` are the graphs that a plan runs. The process as it is now is the ground that all else comes on top of."""
+        """``components`` are the graphs that a plan runs. The process as it is at the first picture, before a graph is loaded, is the
+        ground that all else comes on top of."""
         self.limit_bytes = limit_bytes
         self._bundle, self._components = bundle, components
-        self._ground, self._peak_before = resident_bytes(), peak_bytes()
+        self._ground, self._peak_before = 0, peak_bytes()
 
     def fit(self, plan: Plan) -> tuple[Plan, Way]:
         """The plan as it fits, with what was traded among its warnings, and the way to load its graphs.
@@ -85,6 +88,7 @@ class Room:
         Raises:
             ArgumentError: nothing makes it fit; the message says what it would take. EngineError: the sizes of a graph cannot be told.
         """
+        self._ground = self._ground or resident_bytes() + _FIRST_USE_BYTES
         for way in (Way(), Way(staged=True), Way(staged=True, lean=True)):
             if self._estimate(plan, way) <= self.limit_bytes:
                 return replace(plan, warnings=(*plan.warnings, *self._said(plan, plan, way))), way
@@ -156,7 +160,7 @@ class Room:
             f"This picture cannot be drawn within {size(self.limit_bytes)}",
             got=f"{size(estimate)} by estimate with all that can be traded, of which weights of '{most.name}' {size(need.weights)}, "
             f"its activations {size(need.activations)}, the rest of this process {size(self._ground)}",
-            allowed=f"--max-memory {estimate / 1e9:.2f}GB and more",
+            allowed=f"--max-memory {math.ceil(estimate / 1e6)}MB and more",
             do="Quantize the bundle (int8 has a quarter of float32's weights), or draw a smaller picture or fewer at a time.",
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgediffusion.bundle import Bundle, Component
 from edgediffusion.errors import ArgumentError
+from edgediffusion.registry import find
 from edgediffusion.runtimes import control
 from edgediffusion.runtimes.engine_manifest import ONNX, choose, read
 from edgediffusion.runtimes.engines import NOT_SHARED, Binding, Session
@@ -140,6 +141,7 @@ class Bounded:
 
 def _check_engines(bundle: Bundle, target: str | None) -> None:
     chosen = choose(bundle, target)
+    find("runtimes.engines", "onnxruntime").version()  # loads the library, so that what it takes is part of the ground
     engines = {"onnxruntime"} if chosen == ONNX else set(read(bundle, chosen).versions())
     if engines != {"onnxruntime"}:
         raise ArgumentError(

@@ -63,6 +63,7 @@ class TestOrder:
 
         monkeypatch.setattr(memory, "_need", need)
         monkeypatch.setattr(memory, "resident_bytes", lambda: GROUND)
+        monkeypatch.setattr(memory, "_FIRST_USE_BYTES", 0)
 
     def room(self, bundle: Bundle, limit_mb: int) -> Room:
         return Room(bundle, limit_mb * MB, lambda settled: bundle.components)
@@ -105,7 +106,7 @@ class TestOrder:
             self.room(bundle, 3599).fit(plan(Request("a cat"), SAMPLING))
         message = str(raised.value)
         assert message.startswith("This picture cannot be drawn within 3.6 GB. Got: 3.6 GB by estimate")
-        for part in ("weights of 'unet' 3 GB, its activations 500 MB, the rest of this process 100 MB", "--max-memory 3.60GB", "Quantize"):
+        for part in ("weights of 'unet' 3 GB, its activations 500 MB, the rest of this process 100 MB", "--max-memory 3600MB", "Quantize"):
             assert part in message
         settled, _ = self.room(bundle, 3600).fit(plan(Request("a cat"), SAMPLING))
         assert settled.separate
@@ -228,6 +229,7 @@ class TestPipeline:
 
     def test_says_what_was_traded(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "resident_bytes", lambda: 10 * MB)
+        monkeypatch.setattr(memory, "_FIRST_USE_BYTES", 0)
         reached = iter((10 * MB, 16 * MB))
         monkeypatch.setattr(memory, "peak_bytes", lambda: next(reached))
         need = memory._need
