@@ -17,13 +17,13 @@ from safetensors.numpy import load_file, save_file
 from edgediffusion.bundle import SHALLOW_CONTROL, Bundle
 from edgediffusion.errors import ArgumentError, SourceError
 from edgediffusion.export import export
-from edgediffusion.export.families import stable_diffusion_controlnet, stable_diffusion_xl_controlnet
+from edgediffusion.export.families import stable_diffusion_controlnet
 from edgediffusion.export.pictures import smooth_picture
 from edgediffusion.export.source import Source
-from edgediffusion.export.validate import PictureError, validate
+from edgediffusion.export.validate import validate
 from edgediffusion.runtimes import Pipeline
 from edgediffusion.runtimes.graph import open_components
-from tests.export.unets_tiny import CUTS, saved_tiny
+from tests.export.unets_tiny import CUTS, compared, saved_tiny
 
 SIZE = (16, 16)
 DRAW = {"num_inference_steps": 6, "guidance_scale": 3.0, "seed": 3}
@@ -113,14 +113,7 @@ def test_scale_0_needs_no_picture(several: tuple[Bundle, Path], led: dict[str, o
 
 
 def test_xl_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The UNet and the ControlNet alone: the others are those of test_unets_xl.py, and the loop that above."""
-    source, parts = saved_tiny("xl-control", tmp_path / "source"), stable_diffusion_xl_controlnet.parts
-    own = lambda source: tuple(part for part in parts(source) if part.role in ("denoise", "control"))  # noqa: E731
-    monkeypatch.setattr(stable_diffusion_xl_controlnet, "parts", own)
-    bundle = export(source, tmp_path / "bundle", cuts=CUTS[-1:])
-    monkeypatch.setattr("edgediffusion.export.validate.takes_prompt", lambda theirs: True)
-    monkeypatch.setattr("edgediffusion.export.validate._compare_pictures", lambda prompt, *others: PictureError(prompt, 0.0, 150.0))
-    report = validate(bundle, source, prompts=("",))
+    bundle, report = compared("xl-control", tmp_path, monkeypatch, cuts=CUTS[-1:])
     assert report.relative_error < 1e-4, report.components
     assert {error.component for error in report.components} == {c.name for c in bundle.components}
     assert [s.name for s in bundle.component("controlnet").inputs][3:] == [

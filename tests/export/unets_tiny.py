@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from edgediffusion.bundle import Bundle
+from edgediffusion.export import export
+from edgediffusion.export.families import family_of
+from edgediffusion.export.source import Source
+from edgediffusion.export.validate import PictureError, Validation, validate
 from tests.export.conftest import CAPTIONS, clip_config, small_unet, small_vae
 from training import networks
 
@@ -178,3 +184,15 @@ def build(name: str) -> Any:
 def saved_tiny(name: str, folder: Path) -> Path:
     build(name).save_pretrained(folder)
     return folder
+
+
+def compared(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, cuts: tuple[str, ...] = ()) -> tuple[Bundle, Validation]:
+    """What denoises alone, exported and compared with torch; the other graphs of such a pipeline, and pictures, are compared elsewhere."""
+    source = saved_tiny(name, folder / "source")
+    family = family_of(Source.open(source))[1]
+    parts = family.parts
+    monkeypatch.setattr(family, "parts", lambda source: tuple(part for part in parts(source) if part.role in ("denoise", "control")))
+    monkeypatch.setattr("edgediffusion.export.validate.takes_prompt", lambda theirs: False)
+    monkeypatch.setattr("edgediffusion.export.validate._compare_pictures", lambda prompt, *others: PictureError(prompt, 0.0, 150.0))
+    bundle = export(source, folder / "bundle", cuts=cuts)
+    return bundle, validate(bundle, source)
