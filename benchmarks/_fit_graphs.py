@@ -1,7 +1,8 @@
 """Graphs of published networks, traced without weights, and what a call of each takes: python benchmarks/_fit_graphs.py FOLDER [NAMES]
 
 Writes benchmarks/fit_networks.json, which benchmarks/fit.py holds published times against. The estimate is a sum over nodes, so sums are
-enough: operations of products, in floats and where they are quantized in codes, bytes that kernels move, and how many there are.
+enough: operations of products, in floats and where they are quantized in codes, bytes that kernels move, how many there are, and the
+bytes of weights and activations.
 """
 
 from __future__ import annotations
@@ -90,12 +91,14 @@ def counted(file: Path, sizes: dict[str, int], formats: tuple[str, ...]) -> dict
     found = {}
     for format in formats:
         half = work if format == "float32" else narrowed(work, "float16")
-        kernels = pieces(narrowed(half, "int8") if format == "int8" else half, "tensorrt")
+        half = narrowed(half, "int8") if format == "int8" else half
+        kernels = pieces(half, "tensorrt")
         found[format] = {
             "operations": sum(piece.operations for piece in kernels if piece.format != "int8"),
             "operations_in_codes": sum(piece.operations for piece in kernels if piece.format == "int8"),
             "bytes": sum(piece.weight_bytes + piece.moved_bytes for piece in kernels),
             "kernels": len(kernels),
+            "resident_bytes": half.weight_bytes + half.peak_bytes,
         }
     return found
 

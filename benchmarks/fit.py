@@ -56,13 +56,22 @@ def main() -> None:
     }
     counts = {kind: sum(r["held_out"] == held for r in rows) for kind, held in (("fitted", False), ("held out", True))}
     print("\n".join(f"{kind}: {counts[kind]} rows, median error {value:.0%}" for kind, value in off.items()))
+    memory = published_memory()
+    print(
+        "\n".join(
+            f"memory, {row['target']}, {row['about']}: estimate {row['estimate_bytes'] / 1e9:.2f} GB, {row['off']:+.1%}" for row in memory
+        )
+    )
     here = [_bundle(*named.split("=", 1), given.runs) for named in given.bundles]
     here += [_network(name, given.sd15 / file) for name, file in SD15.items()] if given.sd15 else []
     if here:
         print()
         print(text.table(list(here[0]), [[_short(value) for value in row.values()] for row in here]))
     sys.argv[1:] = [named.split("=", 1)[0] for named in given.bundles] + (["--sd15"] if given.sd15 else [])  # no folder of this machine
-    save("fit", {"published": rows, "median_error": off, "here": here, "load_average": round(os.getloadavg()[0], 1)})
+    save(
+        "fit",
+        {"published": rows, "published_memory": memory, "median_error": off, "here": here, "load_average": round(os.getloadavg()[0], 1)},
+    )
 
 
 def published() -> list[dict[str, Any]]:
@@ -77,6 +86,17 @@ def published() -> list[dict[str, Any]]:
         row["estimate_s"] = estimated(row, facts.known_rates()["tensorrt"])
         row["off"] = row["estimate_s"] / row["seconds"] - 1
     return [{key: value for key, value in row.items() if key != "sums"} for row in rows]
+
+
+def published_memory() -> list[dict[str, Any]]:
+    """Rows of memory, which nothing was fitted on, with their estimates."""
+    networks = json.loads((HERE / "fit_networks.json").read_text(encoding="utf-8"))
+    rows = tomllib.loads((HERE / "fit_published.toml").read_text(encoding="utf-8"))["memory"]
+    for row in rows:
+        idle = facts.idle_bytes(_target(row["target"]))
+        row["estimate_bytes"] = networks[row["network"]][row["format"]]["resident_bytes"] + idle
+        row["off"] = row["estimate_bytes"] / row["bytes"] - 1
+    return list(rows)
 
 
 def _sums(network: dict[str, Any], format: str) -> tuple[str, dict[str, float]]:
@@ -104,7 +124,9 @@ def fitted() -> dict[str, Any]:
     rows = [row for row in rows if not row["held_out"]]
     capabilities = sorted({_target(row["target"]).compute_capability for row in rows})
     best: tuple[float, dict[str, Any]] = (float("inf"), {})
-    for bandwidth, node_us, eight_bit in product((0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0), (0.0, 1.0, 2.0, 3.0, 5.0), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)):
+    for bandwidth, node_us, eight_bit in product(
+        (0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0), (0.0, 1.0, 2.0, 3.0, 5.0), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    ):
         table: dict[str, Any] = {"bandwidth": bandwidth, "node_us": node_us, "eight_bit": eight_bit, "peak": {}}
         squares = 0.0
         for capability in capabilities:
