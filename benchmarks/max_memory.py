@@ -141,7 +141,7 @@ def part(folder: Path, name: str, way: str) -> dict[str, Any]:
     binding.run()
     expected = need.weights + (need.activations if way == "lean" else need.arena)
     return {
-        "part": f"{name}, {8 * side} pixels",
+        "part": name if name == "text_encoder" else f"{name}, {8 * side} pixels",
         "way": way,
         "loaded_mb": round(loaded / 1e6),
         "loading_peak_mb": round(before / 1e6),
