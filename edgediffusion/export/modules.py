@@ -103,11 +103,12 @@ def _check(module: torch.nn.Module, interface: Interface) -> None:
             if not 0 <= place < tensor.dim():
                 raise ArgumentError(f"'{argument}' has no axis {place}", got=tuple(tensor.shape))
             least = 2 * interface.multiples.get(axis, 1)
-            if tensor.shape[place] < least and interface.rename.get(argument, argument) != "timestep":
+            if tensor.shape[place] < least:
                 raise ArgumentError(
                     f"The example of '{argument}' is too small along its free axis '{axis}'",
                     got=tuple(tensor.shape),
                     allowed=f"{least} and more: a size of 1 is traced as a fixed one",
+                    do=f"Give a longer example, or say that the axis is fixed: axes={{'{argument}': {{}}}}.",
                 )
     for what, names in (("axes", interface.axes), ("rename", interface.rename)):
         if unknown := sorted(set(names) - set(interface.inputs)):

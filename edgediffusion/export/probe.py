@@ -49,7 +49,7 @@ def run_once(component: Component, file: Path, feeds: Mapping[str, np.ndarray]) 
     """What ONNX Runtime makes of ``feeds``: arrays by name.
 
     Raises:
-        SourceError: an output is of another shape than stated, or not finite. EngineError: it cannot load or run the graph.
+        SourceError: an output is not finite. EngineError: ONNX Runtime cannot load the graph, or not run it with these shapes.
     """
     graph = Graph(component, onnxruntime.open_session(file))
     binding = graph.bind({name: array.shape for name, array in feeds.items()})

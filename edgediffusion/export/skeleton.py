@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,7 @@ def skeleton(build: Callable[[], torch.nn.Module], dtype: torch.dtype, kept: Seq
 
     Modules that the network itself says must stay in float32 do, and those whose paths are in ``kept``.
     """
-    with _no_parameters():
-        network = build()
+    network = _without_values(build)
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     stored = set(network.state_dict(keep_vars=True))
     constants = {name: buffer for name, buffer in network.named_buffers() if name not in stored}
@@ -56,6 +55,21 @@ def skeleton(build: Callable[[], torch.nn.Module], dtype: torch.dtype, kept: Seq
         place[name.rsplit(".", 1)[-1]] = made[id(tensor)]
     tied = tuple(frozenset(group) for group in names.values() if len(group) > 1)
     return Skeleton(network, fake, shapes, tied, constants, getattr(network, "base_model_prefix", "") or "", dtype)
+
+
+def _without_values(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """The network on the device ``meta``, where nothing is computed, if all of its tensors are stored; else with its buffers' values.
+
+    Stable Diffusion 3's table of positions is stored, and computing it takes 3.5 GB.
+    """
+    with suppress(Exception), torch.device("meta"):  # constructors that look at values fail in whatever way they like
+        network = build()
+        held = {id(tensor) for _, tensor, _ in _tensors(network)}
+        plain = [v for m in network.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and id(v) not in held]
+        if not plain and set(dict(network.named_buffers())) <= set(network.state_dict(keep_vars=True)):
+            return network
+    with _no_parameters():
+        return build()
 
 
 def _tensors(network: torch.nn.Module) -> list[tuple[str, torch.Tensor, dict[str, torch.Tensor | None]]]:

@@ -24,6 +24,7 @@ from edgediffusion.export.estimate import Estimate, Work, estimate, refuse_full_
 from edgediffusion.export.hashing import hashing
 from edgediffusion.export.kept import keep, kept_by_diffusers, read_kept
 from edgediffusion.export.lora import LowRank
+from edgediffusion.export.skeleton import skeleton
 from edgediffusion.export.source import Source
 from edgediffusion.export.weights import attach, converted_bytes
 from edgediffusion.files import sha256
@@ -268,3 +269,47 @@ class TestHashing:
             raise KeyboardInterrupt
         with pytest.raises(Cancelled):
             kept[0]()
+
+
+class Positions(torch.nn.Module):
+    """A network with a table that a checkpoint holds, and perhaps one that it does not."""
+
+    def __init__(self, extra: bool, attribute: bool = False) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(8.0))
+        if extra:
+            self.register_buffer("scale", torch.full((2,), 3.0), persistent=False)
+        if attribute:
+            self.plain = torch.ones(2)
+
+
+class TestSkeleton:
+    def test_stored_tables_are_not_computed(self) -> None:
+        devices: list[str] = []
+
+        def build() -> torch.nn.Module:
+            network = Positions(extra=False)
+            devices.append(network.get_buffer("table").device.type)
+            return network
+
+        bones = skeleton(build, torch.float16)
+        assert devices == ["meta"]
+        assert bones.shapes == {"layer.weight": (4, 4), "layer.bias": (4,), "table": (8,)}
+        assert bones.network.get_buffer("table").dtype == torch.float16
+
+    @pytest.mark.parametrize("options", [{"extra": True}, {"extra": False, "attribute": True}])
+    def test_values_that_no_checkpoint_holds_are(self, options: dict[str, bool]) -> None:
+        bones = skeleton(lambda: Positions(**options), torch.float32)
+        if options["extra"]:
+            assert bones.constants["scale"].tolist() == [3.0, 3.0]
+        else:
+            assert bones.network.plain.tolist() == [1.0, 1.0]  # type: ignore[operator, union-attr]
+        assert set(bones.shapes) == {"layer.weight", "layer.bias", "table"}
+
+    def test_a_constructor_that_looks_at_values_is_run_with_values(self) -> None:
+        def build() -> torch.nn.Module:
+            assert torch.arange(3.0).sum().item() == 3
+            return Positions(extra=False)
+
+        assert skeleton(build, torch.float32).network.get_buffer("table").shape == (8,)
