@@ -40,6 +40,7 @@ PARTS = ("make", "time", "quality")
 PEERS = ("DeepCache==0.1.1", "cache-dit==1.5.3")
 STEPS, GUIDANCE = 50, 3.0
 PICTURES, BATCH = 256, 16
+LOOKING = "adaptive-diffusion"  # decides by the pictures that it draws: they are drawn one by one
 STUDENT = "fashion-lcm"
 STUDENT_STEPS = 4
 
@@ -72,6 +73,7 @@ def rows_of(model: str, folder: Path) -> dict[str, Row]:
         "ours, float32": float32,
         "ours, int8": int8,
         **{f"ours, int8, {cache}": {**int8, "cache": cache} for cache in (f"deepcache:interval={n}" for n in (2, 3, 5))},
+        **{f"ours, int8, {cache}": {**int8, "cache": cache} for cache in (f"{LOOKING}:threshold={t}" for t in (0.002, 0.005))},
         f"ours, student, {STUDENT_STEPS} steps": {**student, "bundle": str(folder / f"{STUDENT}-float32")},
         f"ours, student, {STUDENT_STEPS} steps, int8": {**student, "bundle": str(folder / f"{STUDENT}-int8")},
     }
@@ -166,9 +168,10 @@ def score_rows(rows: dict[str, Row], folder: Path) -> dict[str, Row]:
     for name, row in rows.items():
         with workers({name: row}, folder) as made, tempfile.TemporaryDirectory() as kept:
             parts = []
-            for at in range(0, PICTURES, BATCH):
+            batch = 1 if LOOKING in name else BATCH
+            for at in range(0, PICTURES, batch):
                 file = Path(kept) / f"{at}.npy"
-                made[name].draw(prompts[at : at + BATCH], list(range(10_000 + at, 10_000 + at + BATCH)), file)
+                made[name].draw(prompts[at : at + batch], list(range(10_000 + at, 10_000 + at + batch)), file)
                 parts.append(np.load(file))
         pixels = np.clip(np.concatenate(parts), 0, 1)
         if reference is None:
