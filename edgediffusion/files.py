@@ -35,7 +35,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: ``path`` exists, its parent cannot be written, or the disk is full.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if replace else Path(path)  # what a link leads to is replaced, and not the link
     if not replace:
         _refuse_existing(path)
     with _friendly(path):

@@ -90,6 +90,16 @@ def test_a_folder_is_replaced_whole_and_open_files_stay(tmp_path: Path, monkeypa
     assert everything(tmp_path) == ["another", "out"]
 
 
+def test_where_a_link_leads_is_what_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with new_folder(tmp_path / "link", replace=True) as folder:
+        (folder / "file").write_text("new", encoding="utf-8")
+    assert everything(tmp_path) == ["link", "out"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "new"
+
+
 def test_where_the_second_rename_fails_the_old_folder_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     rename, old = os.rename, tmp_path / "out"
