@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree
 
 from edgediffusion.errors import ArgumentError
+from edgediffusion.export.quiet import quiet
 from edgediffusion.export.source import Source
 
 WHOLE = ""
@@ -39,7 +40,8 @@ def kept_by_diffusers(source: Source) -> tuple[str, ...]:
 
     Not every class does, and a configuration that nobody wrote by hand has the flag too: it is AutoencoderKL's default.
     """
-    heeds = hasattr(getattr(diffusers, source.class_name, None), "upcast_vae")
+    with quiet():  # the class brings others, which say what they lack
+        heeds = hasattr(getattr(diffusers, source.class_name, None), "upcast_vae")
     flagged = heeds and _AUTOENCODER in source.components and source.config(_AUTOENCODER).get("force_upcast")
     return (_AUTOENCODER,) if flagged else ()
 
