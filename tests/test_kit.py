@@ -185,12 +185,13 @@ def with_history(bundle: Bundle, folder: Path, quantized: dict[str, Any] | None)
     return Bundle.open(folder)
 
 
-class TestTheWheel:
-    @pytest.fixture(scope="class")
-    def wheel(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("wheel")
-        return folder / write_wheel(folder)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    return folder / write_wheel(folder)
 
+
+class TestTheWheel:
     def test_pip_installs_it_and_finds_it_whole(self, wheel: Path, python: Path, tmp_path: Path) -> None:
         target = tmp_path / "venv"
         subprocess.run([python, "-m", "venv", "--without-pip", target], check=True)
