@@ -71,7 +71,7 @@ def _check_place(target: Target) -> None:
             f"Engines for '{target.name}' are built on such a machine",
             got=f"{here.system} on {here.architecture}",
             allowed=f"{', '.join(target.systems)} on {target.architecture}",
-            do="Copy the bundle there and build it there.",
+            do=f"Make a kit of it, which builds there: edgediffusion kit BUNDLE --target {target.name} -o kit.tar",
         )
 
 
@@ -112,7 +112,7 @@ def _check_graph(job: Job, component: Component) -> None:
             f"The target '{job.target.name}' does not read the opset of '{component.name}'",
             got=header.opset,
             allowed=f"{job.target.opset} and older",
-            do=f"Export it again: edgediffusion export SOURCE --opset {job.target.opset} -o BUNDLE. Quantization states serve both.",
+            do=f"Lower it: edgediffusion lower BUNDLE --target {job.target.name} -o LOWERED",
         )
 
 

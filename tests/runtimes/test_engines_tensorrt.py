@@ -334,7 +334,7 @@ class TestBuilding:
         text = (Path(targets.__file__).parent / "rtx-3060.toml").read_text().replace('"x86-64"', '"arm64"').replace("ahead = true\n", "")
         own.write_text(text)
         with pytest.raises(
-            EngineError, match=r"Engines for 'mine' are built on such a machine. Got: .* Allowed: linux, windows on arm64. Copy"
+            EngineError, match=r"Engines for 'mine' are built on such a machine. Got: .* Allowed: linux, windows on arm64. Make a kit"
         ):
             build(write_bundle(tmp_path / "bundle"), tmp_path / "built", target=str(own))
 

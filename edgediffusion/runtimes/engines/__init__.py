@@ -8,7 +8,7 @@
 An engine may have also
 
     options: tuple[str, ...]            keyword arguments that its build takes beside threads, of device, precision,
-                                        compute_capabilities, shapes, timing_cache, progress
+                                        compute_capabilities, shapes, timing_cache, workspace_bytes, progress
     reads_onnx = False                  open_session takes built engines only
     compute_capability() -> str         that of the GPU here; EngineError if there is none. Its engines are for a GPU
     portable: tuple[str, ...]           what engine.json says that need not be the same where engines run
