@@ -60,7 +60,8 @@ def command(
 ) -> None:
     """Take somebody's ONNX file as a bundle.
 
-    MODEL is renamed to what its role wants, run once, and its weights stay in their files. A denoiser takes sample and timestep beside its conditions, and gives out_sample: --rename says what is called so.
+    MODEL gets the names that its role wants, is run once, and its weights stay in their files. A denoiser takes sample and
+    timestep beside its conditions and gives out_sample: --rename says what is called so.
 
     \b
     Example:
