@@ -174,13 +174,13 @@ def _bundle(name: str, folder: str, runs: int) -> dict[str, Any]:
 def _network(name: str, file: Path) -> dict[str, Any]:
     """One network of Stable Diffusion 1.5's size, in a process of its own: the median of three calls, after one."""
     from edgediffusion.profiles.fit_work import pieces
-    from edgediffusion.runtimes.memory import Way, _need
+    from edgediffusion.runtimes.memory import Way, need_of
     from edgediffusion.runtimes.work import graph_work
 
     target, processor = _here()
     work = graph_work(file, SIZES)
     estimate = facts.estimate(pieces(work, "onnxruntime"), facts.rates(target, processor)).seconds
-    needed = facts.idle_bytes(target) + _need(file, tuple(sorted(SIZES.items()))).running(Way())
+    needed = facts.idle_bytes(target) + need_of(file, tuple(sorted(SIZES.items()))).running(Way())
     done = subprocess.run([sys.executable, "-c", _WORKER, str(file), json.dumps(SIZES)], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout.splitlines()[-1])
     row = _row(f"sd15 {name}, one step", statistics.median(measured["seconds"]), estimate, measured["peak"], needed)

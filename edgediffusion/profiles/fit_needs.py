@@ -10,7 +10,7 @@ from pathlib import Path
 from edgediffusion.bundle import Bundle, Component, Sampling
 from edgediffusion.errors import ArgumentError
 from edgediffusion.profiles.fit_work import floats, narrowed, pieces
-from edgediffusion.runtimes.memory import Way, _need, stage_of
+from edgediffusion.runtimes.memory import Way, need_of, stage_of
 from edgediffusion.runtimes.tiling import OVERLAP
 from edgediffusion.runtimes.work import GraphWork, graph_work
 from edgediffusion.targets import Target
@@ -139,7 +139,7 @@ class Needs:
         """By the rule of ``run --max-memory`` where that engine runs; TensorRT keeps activations of each engine for as long as it lives."""
         if self._engine == "tensorrt":
             return work.weight_bytes + work.peak_bytes
-        need = _need(self._bundle.path / component.model, tuple(sorted(self._axes(component, way).items())))
+        need = need_of(self._bundle.path / component.model, tuple(sorted(self._axes(component, way).items())))
         return round(need.running(Way()) - need.weights * (1 - narrower))
 
     def _work(self, component: Component, way: Arrangement) -> GraphWork:

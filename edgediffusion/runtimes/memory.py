@@ -128,7 +128,7 @@ class Room:
     def _need(self, component: Component, plan: Plan) -> Need:
         assert self._bundle.sampling is not None
         axes = tuple(sorted(sizes_of(component, plan, self._bundle.sampling).items()))
-        return _need(self._bundle.path / component.model, axes)
+        return need_of(self._bundle.path / component.model, axes)
 
     def _tiles(self, plan: Plan) -> list[int]:
         """A half and a quarter of the picture's longer side, where those are tiles."""
@@ -170,7 +170,8 @@ def stage_of(component: Component) -> str:
 
 
 @lru_cache(maxsize=256)
-def _need(file: Path, axes: tuple[tuple[str, int], ...]) -> Need:
+def need_of(file: Path, axes: tuple[tuple[str, int], ...]) -> Need:
+    """What the graph of an ONNX file needs in ONNX Runtime, its named axes at these sizes."""
     work = graph_work(file, dict(axes))
     weights, peak, scores = work.weight_bytes, work.peak_bytes, max((node.scratch_bytes for node in work.nodes), default=0)
     plain = _with_beside(peak) + _OF_SCORES * scores
