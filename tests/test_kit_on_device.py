@@ -85,6 +85,8 @@ class Jetson:
         environment |= {"PYTHONPATH": str(SIMULATED), "SIMULATED_DEVICE": str(self.folder / "device.json"), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [python or self.python, self.kit / "build_here.py", *arguments, "--root", self.root, "--runs", "2"]
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        # a shell's background jobs, such as a test run of that kind, pass on that SIGINT is ignored
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(list(map(str, command)), env=environment, cwd=self.folder, **options)
 
     def run(self, *arguments: str) -> tuple[int, str, str]:

@@ -126,6 +126,7 @@ def test_calibrate(library: Callable[..., Library], bundle: Bundle, tmp_path: Pa
         "steps": 4,
         "seed": 5,
         "guidance_scale": 2.0,
+        "cache": None,
         "sampler": None,
     }
     assert result.stdout == "state: 1 layers for the recipe int8\n"

@@ -12,8 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from edgediffusion import bundle as bundles
-from edgediffusion.bundle import Bundle, Folded
+from edgediffusion.bundle import Bundle, Folded, manifest
 from edgediffusion.errors import ArgumentError, BundleError, OutputError, UnknownName
 from edgediffusion.export import export
 from edgediffusion.export.families import stable_diffusion as family
@@ -349,6 +348,6 @@ def test_a_manifest_with_damaged_time_steps_is_refused(tmp_path, timesteps):
     assert content["sampling"]["folded"] == {"sampler": "ddim", "steps": 3, "timesteps": [901.0, 601.0, 301.0]}
     content["sampling"]["folded"]["timesteps"] = timesteps
     content.pop("sha256")
-    (bundle.path / "bundle.json").write_text(json.dumps({**content, "sha256": bundles._digest(content)}))
+    (bundle.path / "bundle.json").write_text(json.dumps({**content, "sha256": manifest.digest(content)}))
     with pytest.raises(BundleError, match="lacks or misstates a field"):
         Bundle.open(bundle.path)

@@ -61,7 +61,7 @@ class TestOrder:
             activations = self.activations[name] * part * MB
             return Need(self.weights[name] * MB, activations, 2 * activations)
 
-        monkeypatch.setattr(memory, "_need", need)
+        monkeypatch.setattr(memory, "need_of", need)
         monkeypatch.setattr(memory, "resident_bytes", lambda: GROUND)
         monkeypatch.setattr(memory, "_FIRST_USE_BYTES", 0)
 
@@ -232,8 +232,8 @@ class TestPipeline:
         monkeypatch.setattr(memory, "_FIRST_USE_BYTES", 0)
         reached = iter((10 * MB, 16 * MB))
         monkeypatch.setattr(memory, "peak_bytes", lambda: next(reached))
-        need = memory._need
-        monkeypatch.setattr(memory, "_need", lambda file, axes: replace(need(file, axes), weights=3 * MB))
+        need = memory.need_of
+        monkeypatch.setattr(memory, "need_of", lambda file, axes: replace(need(file, axes), weights=3 * MB))
         result = Pipeline.from_bundle(bundle, threads=1, max_memory="15MB")("a cat")
         assert result.warnings[0].startswith("For 15 MB of memory, 13 MB by estimate: ")
         assert "loaded when their turn comes" in result.warnings[0]
