@@ -134,7 +134,7 @@ def part(folder: Path, name: str, way: str) -> dict[str, Any]:
     side = TILED if tile else 64
     axes = {"batch": PARTS[name], "height": side, "width": side, "image_height": 8 * side, "image_width": 8 * side}
     component = bundle.component(name)
-    need = memory._need(bundle.path / component.model, tuple(sorted(axes.items())))
+    need = memory.need_of(bundle.path / component.model, tuple(sorted(axes.items())))
     (graph,) = open_components(bundle, [component], target=None, threads=None, lean=way == "lean")
     before, loaded = memory.peak_bytes(), memory.resident_bytes()
     binding = graph.session.bind(axes)

@@ -73,7 +73,7 @@ def rows_of(model: str, folder: Path) -> dict[str, Row]:
         "ours, float32": float32,
         "ours, int8": int8,
         **{f"ours, int8, {cache}": {**int8, "cache": cache} for cache in (f"deepcache:interval={n}" for n in (2, 3, 5))},
-        **{f"ours, int8, {cache}": {**int8, "cache": cache} for cache in (f"{LOOKING}:threshold={t}" for t in (0.002, 0.005))},
+        **{f"ours, int8, {cache}": {**int8, "cache": cache} for cache in (f"{LOOKING}:threshold={t}" for t in (0.005, 0.01))},
         f"ours, student, {STUDENT_STEPS} steps": {**student, "bundle": str(folder / f"{STUDENT}-float32")},
         f"ours, student, {STUDENT_STEPS} steps, int8": {**student, "bundle": str(folder / f"{STUDENT}-int8")},
     }
