@@ -21,7 +21,7 @@ def doctor() -> dict[str, Any]:
 
 
 def test_every_package_that_an_extra_brings_is_looked_for() -> None:
-    tools = {"pytest", "pytest-xdist", "mypy", "ruff", "import-linter", "edgediffusion", "tomli"}
+    tools = {"pytest", "pytest-xdist", "mypy", "ruff", "import-linter", "peft", "edgediffusion", "tomli"}
     wanted = {re.match(r"[\w-]+", line)[0] for line in metadata.requires("edgediffusion") or []}
     assert wanted - tools <= {piece["package"] for piece in doctor()["pieces"]}
 
