@@ -11,6 +11,7 @@
     tokenizers.py   tokenizers as a runtime reads them
     quiet.py        silence for libraries that talk on stderr
     marks.py        tensors inside a network that its graph is cut at
+    latent_transformer.py     what families of transformers on latents share
     skip_cuts.py, block_cuts.py        where UNets and transformers can be cut
     cut_graphs.py   parts of a graph as graphs of their own
     skeleton.py     a network without weights

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 
 from edgediffusion.bundle import Sampling
-from edgediffusion.export import autoencoder, block_cuts
+from edgediffusion.export import autoencoder, block_cuts, latent_transformer
 from edgediffusion.export.families import BATCH, Part, Tensor, check_components
-from edgediffusion.export.schedule import read_scheduler
 from edgediffusion.export.source import Source
 
 PIPELINES = ("DiTPipeline",)
@@ -47,23 +46,5 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, latents = source.settings("transformer"), autoencoder.facts(source)
-    scheduler = read_scheduler(source)
-    size = transformer["sample_size"] * latents.downsampling
-    return Sampling(
-        prediction=scheduler.prediction,
-        guidance="classifier-free",
-        schedule=scheduler.schedule,
-        latent_channels=latents.channels,
-        downsampling=latents.downsampling,
-        latent_scale=latents.scale,
-        latent_shift=latents.shift,
-        height=size,
-        width=size,
-        size_multiple=latents.downsampling * transformer["patch_size"],
-        fixed_size=True,
-        sampler=scheduler.sampler,
-        steps=50,
-        guidance_scale=4.0,
-        classes=transformer["num_embeds_ada_norm"],
-    )
+    classes = source.settings("transformer")["num_embeds_ada_norm"]
+    return latent_transformer.sampling(source, steps=50, guidance_scale=4.0, fixed_size=True, classes=classes)

@@ -6,15 +6,13 @@ the graph. The half of its output that is a variance is left out: no sampler her
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from edgediffusion.bundle import Sampling
-from edgediffusion.export import autoencoder, block_cuts, cross_attention, positions, text_encoders
-from edgediffusion.export.families import BATCH, Axis, Part, Tensor, check_components
-from edgediffusion.export.schedule import read_scheduler
+from edgediffusion.export import autoencoder, cross_attention, latent_transformer, positions, text_encoders
+from edgediffusion.export.families import Part, check_components
 from edgediffusion.export.source import Source
 
 _TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # diffusers' defaults of max_sequence_length
@@ -57,45 +55,13 @@ def parts(source: Source) -> tuple[Part, ...]:
     source.require_class("transformer", ("PixArtTransformer2DModel",))
     check_components(source, _USED, OPTIONAL)
     text = text_encoders.masked_t5(source, _TOKENS[source.class_name])
-    return (text, _transformer(source, text), *autoencoder.parts(source))
+    return (
+        text,
+        latent_transformer.with_text(source, text, partial(Denoiser, pixels=autoencoder.facts(source).downsampling)),
+        *autoencoder.parts(source),
+    )
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, latents = source.settings("transformer"), autoencoder.facts(source)
-    scheduler = read_scheduler(source)
-    size = transformer["sample_size"] * latents.downsampling
-    return Sampling(
-        prediction=scheduler.prediction,
-        guidance="classifier-free",
-        schedule=scheduler.schedule,
-        latent_channels=latents.channels,
-        downsampling=latents.downsampling,
-        latent_scale=latents.scale,
-        latent_shift=0.0,  # as PixArt's pipelines, which do not look at it
-        height=size,
-        width=size,
-        size_multiple=latents.downsampling * transformer["patch_size"],
-        fixed_size=False,
-        sampler=scheduler.sampler,
-        steps=20,
-        guidance_scale=4.5,
-    )
-
-
-def _transformer(source: Source, text: Part) -> Part:
-    config = source.settings("transformer")
-    patch = config["patch_size"]
-    rows, columns = Axis("height", 4 * patch, patch), Axis("width", 6 * patch, patch)
-    return Part(
-        name="transformer",
-        role="denoise",
-        network="transformer",
-        wrap=partial(Denoiser, pixels=autoencoder.facts(source).downsampling),
-        inputs=(
-            Tensor("sample", (BATCH, config["in_channels"], rows, columns)),
-            Tensor("timestep", (1,), "float32"),
-            *(replace(output, name=text.feeds.get(output.name, output.name)) for output in text.outputs),
-        ),
-        outputs=(Tensor("out_sample", (BATCH, config["in_channels"], rows, columns)),),
-        cuts=block_cuts.CROSS_ATTENTION,
-    )
+    # as PixArt's pipelines, which do not look at the autoencoder's shift
+    return latent_transformer.sampling(source, steps=20, guidance_scale=4.5, shifted=False)

@@ -7,15 +7,13 @@ of diffusers' SanaPipeline, whose default is taken.
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 
 import diffusers
 import torch
 
 from edgediffusion.bundle import Sampling
-from edgediffusion.export import autoencoder, block_cuts, cross_attention, positions, text_encoders
-from edgediffusion.export.families import BATCH, Axis, Part, Tensor, check_components
-from edgediffusion.export.schedule import read_scheduler
+from edgediffusion.export import autoencoder, cross_attention, latent_transformer, positions, text_encoders
+from edgediffusion.export.families import Part, check_components
 from edgediffusion.export.source import Source
 
 PIPELINES = ("SanaPipeline",)
@@ -50,50 +48,14 @@ def parts(source: Source) -> tuple[Part, ...]:
     source.require_class("transformer", ("SanaTransformer2DModel",))
     check_components(source, _USED, OPTIONAL)
     text = text_encoders.gemma(source, TOKENS, _instruction())
-    return (text, _transformer(source, text), *autoencoder.parts(source))
+    return (text, latent_transformer.with_text(source, text, Denoiser), *autoencoder.parts(source))
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, latents = source.settings("transformer"), autoencoder.facts(source)
-    scheduler = read_scheduler(source)
-    size = transformer["sample_size"] * latents.downsampling
-    return Sampling(
-        prediction=scheduler.prediction,
-        guidance="classifier-free",
-        schedule=scheduler.schedule,
-        latent_channels=latents.channels,
-        downsampling=latents.downsampling,
-        latent_scale=latents.scale,
-        latent_shift=0.0,  # as SanaPipeline, which does not look at it
-        height=size,
-        width=size,
-        size_multiple=latents.downsampling * transformer["patch_size"],
-        fixed_size=False,
-        sampler=scheduler.sampler,
-        steps=20,
-        guidance_scale=4.5,
-    )
+    # as SanaPipeline, which does not look at the autoencoder's shift
+    return latent_transformer.sampling(source, steps=20, guidance_scale=4.5, shifted=False)
 
 
 def _instruction() -> str:
     lines = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
     return "\n".join(lines)
-
-
-def _transformer(source: Source, text: Part) -> Part:
-    config = source.settings("transformer")
-    patch = config["patch_size"]
-    rows, columns = Axis("height", 4 * patch, patch), Axis("width", 6 * patch, patch)
-    return Part(
-        name="transformer",
-        role="denoise",
-        network="transformer",
-        wrap=Denoiser,
-        inputs=(
-            Tensor("sample", (BATCH, config["in_channels"], rows, columns)),
-            Tensor("timestep", (1,), "float32"),
-            *(replace(output, name=text.feeds.get(output.name, output.name)) for output in text.outputs),
-        ),
-        outputs=(Tensor("out_sample", (BATCH, config["in_channels"], rows, columns)),),
-        cuts=block_cuts.CROSS_ATTENTION,
-    )

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from edgediffusion.bundle import Sampling
-from edgediffusion.export import autoencoder, block_cuts, text_encoders
+from edgediffusion.export import autoencoder, block_cuts, latent_transformer, text_encoders
 from edgediffusion.export.families import BATCH, Axis, Part, Tensor, check_components
-from edgediffusion.export.schedule import read_scheduler
 from edgediffusion.export.source import Source
 
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
@@ -61,25 +60,7 @@ def parts(source: Source) -> tuple[Part, ...]:
 
 
 def sampling(source: Source) -> Sampling:
-    transformer, latents = source.settings("transformer"), autoencoder.facts(source)
-    scheduler = read_scheduler(source)
-    size = transformer["sample_size"] * latents.downsampling
-    return Sampling(
-        prediction=scheduler.prediction,
-        guidance="classifier-free",
-        schedule=scheduler.schedule,
-        latent_channels=latents.channels,
-        downsampling=latents.downsampling,
-        latent_scale=latents.scale,
-        latent_shift=latents.shift,
-        height=size,
-        width=size,
-        size_multiple=latents.downsampling * transformer["patch_size"],
-        fixed_size=False,
-        sampler=scheduler.sampler,
-        steps=20,
-        guidance_scale=5.0,
-    )
+    return latent_transformer.sampling(source, steps=20, guidance_scale=5.0)
 
 
 def _transformer(source: Source, texts: list[Part]) -> Part:
