@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from edgediffusion.errors import ArgumentError, OutputError
-from edgediffusion.optimize.sensitivity import Bound, choose
 from edgediffusion.optimize.sensitivity_bench import Trial
+from edgediffusion.optimize.sensitivity_choice import Bound, choose
 from edgediffusion.optimize.sensitivity_plan import (
     LayerCost,
     Steps,
