@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from edgediffusion.bundle import Sampling
+from edgediffusion.export.families import flux
 from edgediffusion.export.quiet import quiet
 from edgediffusion.registry import require
 from edgediffusion.runtimes.pipeline import Pipeline
@@ -65,6 +66,8 @@ def asked(theirs: Any, sampling: Sampling, prompt: str, run: Run) -> Asked:
     both = {name: value for name, value in both.items() if name in taken}
     if "use_resolution_binning" in taken:
         other["use_resolution_binning"] = False  # sizes are drawn as asked, not the nearest of a table
+    if "guidance_embeds" in getattr(theirs.components.get("transformer"), "config", {}):  # its default is that of dev
+        other["max_sequence_length"] = flux.t5_tokens(theirs.transformer.config)
     if "class_labels" in taken and "guidance_scale" not in taken:
         both.pop("class_labels")
     if led:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers_tiny
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from transformers_checks import Conformance, of_size
+from transformers_checks import Conformance, check_whole, of_size
 
 from edgediffusion.bundle import Bundle, DynamicShift, NoiseSchedule
 from edgediffusion.export.families import family_of, flux
@@ -75,6 +75,13 @@ def test_schnell_takes_no_guidance_and_has_no_shift(schnell: Source) -> None:
     assert (facts.guidance, facts.steps) == ("none", 4)
     (part,) = (part for part in flux.parts(schnell) if part.role == "denoise")
     assert "guidance" not in [tensor.name for tensor in part.inputs]
+
+
+def test_schnell_reads_half_the_text_and_draws_what_diffusers_draws(schnell: Source, tmp_path: Path) -> None:
+    bundle = check_whole(schnell.path, tmp_path / "bundle", size=(16, 24))
+    tokenizers = [component.tokenizer for component in bundle.with_role("encode")]
+    assert [tokenizer.length for tokenizer in tokenizers if tokenizer is not None] == [16, 256]
+    assert [spec.shape[1] for spec in bundle.component("transformer").inputs if spec.name == "encoder_hidden_states"] == [256]
 
 
 @pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])

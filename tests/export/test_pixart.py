@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers_tiny
-from transformers_checks import Conformance, part_of
+from transformers_checks import Conformance, check_whole, part_of
 
 from edgediffusion.bundle import Bundle
-from edgediffusion.export.families import pixart
 from edgediffusion.export.source import Source
 
 
@@ -34,9 +33,12 @@ def sigma(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source.open(folder)
 
 
-def test_sigma_reads_longer_texts_and_no_size(sigma: Source) -> None:
-    text = pixart.parts(sigma)[0]
-    assert text.inputs[0].axes[1] == 300
+def test_sigma_reads_longer_texts_and_no_size_and_draws_what_diffusers_draws(sigma: Source, tmp_path: Path) -> None:
+    bundle = check_whole(sigma.path, tmp_path / "bundle", size=(16, 24))
+    facts, text = bundle.sampling, bundle.component("text_encoder")
+    assert facts is not None
+    assert text.tokenizer is not None
+    assert (text.tokenizer.length, facts.latent_scale, facts.latent_shift) == (300, 0.13025, 0.0)
     assert not sigma.network("transformer").use_additional_conditions
 
 

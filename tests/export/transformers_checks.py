@@ -131,6 +131,15 @@ def of_size(bundle: Bundle, height: int, width: int) -> Bundle:
     return replace(bundle, sampling=replace(facts, height=height, width=width))
 
 
+def check_whole(source: Path, folder: Path, *, size: tuple[int, int]) -> Bundle:
+    """A pipeline without cuts: its graphs and pictures, of a size that is not its usual one."""
+    bundle = export(source, folder)
+    report = validate(of_size(bundle, *size), source, prompts=PROMPTS, steps=3, seed=3)
+    assert report.relative_error < 1e-4, report.components
+    assert report.largest_255 < 2, report.pictures
+    return bundle
+
+
 def part_of(source: Source) -> Any:
     family: ModuleType | Any = family_of(source)[1]
     (part,) = (part for part in family.parts(source) if part.role == "denoise")

@@ -76,10 +76,11 @@ def pixart(*, sigma: bool) -> diffusers.DiffusionPipeline:
         cross_attention_dim=24,
         caption_channels=24,
         interpolation_scale=1 if sigma else 2,
+        use_additional_conditions=False if sigma else None,
     )
     kind = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
-    return kind(tokenizer, encoder, small_vae(), transformer, scheduler)
+    return kind(tokenizer, encoder, small_vae(scaling_factor=0.13025 if sigma else 0.18215), transformer, scheduler)
 
 
 def gemma() -> tuple[Gemma2Model, GemmaTokenizer]:

@@ -7,7 +7,9 @@ the graph. CLIP gives one vector for the text, T5 its states. ``dev`` was distil
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ from edgediffusion.export.source import Source
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
 OPTIONAL = ("feature_extractor", "image_encoder")
-T5_TOKENS = 512  # diffusers' default of max_sequence_length
+T5_TOKENS, FEW_STEP_T5_TOKENS = 512, 256  # of dev and schnell: Black Forest Labs' own pipeline, and the model card of schnell
 PATCH = 2
 _SIZE = 128  # FluxPipeline's default, in pixels of the latent
 _USED = {"transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"}
@@ -61,8 +63,15 @@ def parts(source: Source) -> tuple[Part, ...]:
     source.require_class("transformer", ("FluxTransformer2DModel",))
     check_components(source, _USED, OPTIONAL)
     clip = replace(text_encoders.clip(source), feeds={"pooler_output": "pooled_projections"})
-    t5 = replace(text_encoders.t5(source, "_2", T5_TOKENS), feeds={"t5_hidden_states": "encoder_hidden_states"})
+    t5 = replace(
+        text_encoders.t5(source, "_2", t5_tokens(source.settings("transformer"))), feeds={"t5_hidden_states": "encoder_hidden_states"}
+    )
     return (clip, t5, _transformer(source), *autoencoder.parts(source))
+
+
+def t5_tokens(transformer: Mapping[str, Any]) -> int:
+    """How many tokens of T5 a transformer of this configuration was trained to read: ``max_sequence_length`` in diffusers."""
+    return T5_TOKENS if transformer.get("guidance_embeds") else FEW_STEP_T5_TOKENS
 
 
 def sampling(source: Source) -> Sampling:
@@ -108,7 +117,7 @@ def _transformer(source: Source) -> Part:
         inputs=(
             Tensor("sample", (BATCH, channels, rows, columns)),
             Tensor("timestep", (1,), "float32"),
-            Tensor("encoder_hidden_states", (BATCH, T5_TOKENS, config["joint_attention_dim"])),
+            Tensor("encoder_hidden_states", (BATCH, t5_tokens(config), config["joint_attention_dim"])),
             Tensor("pooled_projections", (BATCH, config["pooled_projection_dim"])),
             *guidance,
         ),
