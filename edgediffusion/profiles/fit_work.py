@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgediffusion.runtimes.work import PRODUCTS, GraphWork, NodeWork
+from edgediffusion.runtimes.products import PRODUCTS
+from edgediffusion.runtimes.work import GraphWork, NodeWork
 from edgediffusion.targets.fit import Piece
 
 _HALF = ("float16", "bfloat16")

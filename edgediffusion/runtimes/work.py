@@ -12,18 +12,17 @@ makes it to the last that reads it, in the order of the file:
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgediffusion.bundle import axis_size
 from edgediffusion.errors import EngineError
 from edgediffusion.runtimes.onnx_nodes import Declared, Node, OnnxGraph, read_nodes
-from edgediffusion.runtimes.shapes import Value, attention_sizes, einsum_sizes, infer
+from edgediffusion.runtimes.products import PRODUCTS, operations
+from edgediffusion.runtimes.shapes import Value, attention_sizes, infer
 
-PRODUCTS = ("Conv", "ConvTranspose", "ConvInteger", "MatMul", "MatMulInteger", "Gemm", "Attention", "Einsum")
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout")
 _CARRY = (*_VIEWS, "Transpose")  # what leaves codes what they are
 _CODES = {"uint8": "int8", "int8": "int8", "int4": "int4", "fp8": "fp8", "fp4": "fp4"}
@@ -236,7 +235,7 @@ class _Reader:
             name=node.name or outputs[0],
             operator=node.operator,
             format=self._format(node) if product else "",
-            operations=_operations(node, self._values) if product else 0,
+            operations=operations(node, self._values) if product else 0,
             read_bytes=sum(read.values()),
             written_bytes=sum(self._bytes[self._root[name]] for name in outputs),
             weight_bytes=sum(weights.values()),
@@ -272,48 +271,3 @@ def _scores(node: Node, values: Mapping[str, Value]) -> int:
         return 0
     rows, heads, queries, keys, _, _ = attention_sizes(node, [values[name] if name else None for name in node.inputs])
     return replace(values[node.outputs[0]], shape=(rows, heads, queries, keys)).bytes
-
-
-def _operations(node: Node, values: Mapping[str, Value]) -> int:
-    """Two for each multiplication that is added to a sum."""
-    given = [values[name] if name else None for name in node.inputs]
-    out = values[node.outputs[0]].entries
-    return 2 * _TERMS[node.operator](node, given, out)
-
-
-def _of_window(node: Node, given: list[Value | None], out: int) -> int:
-    weight = given[1]
-    assert weight is not None
-    return out * math.prod(weight.shape[1:])  # [out, in / groups, *kernel]
-
-
-def _of_transposed(node: Node, given: list[Value | None], out: int) -> int:
-    source, weight = given[0], given[1]
-    assert source is not None
-    assert weight is not None
-    return source.entries * math.prod(weight.shape[1:])  # [in, out / groups, *kernel]
-
-
-def _of_matrices(node: Node, given: list[Value | None], out: int) -> int:
-    a = given[0]
-    assert a is not None
-    return out * a.shape[0 if node.operator == "Gemm" and node.integer("transA", 0) else -1]
-
-
-def _of_attention(node: Node, given: list[Value | None], out: int) -> int:
-    rows, heads, queries, keys, key_width, value_width = attention_sizes(node, given)
-    return rows * heads * queries * keys * (key_width + value_width)
-
-
-def _of_einsum(node: Node, given: list[Value | None], out: int) -> int:
-    sizes, _ = einsum_sizes(node, given)
-    return math.prod(sizes.values()) if len(given) > 1 else 0
-
-
-_TERMS: Mapping[str, Callable[[Node, list[Value | None], int], int]] = {
-    **dict.fromkeys(("Conv", "ConvInteger"), _of_window),
-    **dict.fromkeys(("MatMul", "MatMulInteger", "Gemm"), _of_matrices),
-    "ConvTranspose": _of_transposed,
-    "Attention": _of_attention,
-    "Einsum": _of_einsum,
-}
