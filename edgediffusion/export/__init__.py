@@ -15,7 +15,7 @@
     skip_cuts.py, block_cuts.py        where UNets and transformers can be cut
     cut_graphs.py   parts of a graph as graphs of their own
     skeleton.py     a network without weights
-    trace.py        a skeleton becomes an ONNX graph
+    trace.py, translate.py             a skeleton becomes an ONNX graph
     simplify.py     the graph made small, and free of the machine that made it
     rule_gates.py   the optimizer's rules, tried where they can begin
     sample_sizes.py sizes that are read off the sample and not off residuals

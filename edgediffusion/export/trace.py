@@ -17,6 +17,7 @@ from edgediffusion.export.families import FLOAT, Axis, Part, Tensor
 from edgediffusion.export.marks import Mark, marked
 from edgediffusion.export.quiet import quiet
 from edgediffusion.export.skeleton import Skeleton
+from edgediffusion.export.translate import translate
 
 NO_MARKS: Mapping[str, Mark] = MappingProxyType({})
 
@@ -46,13 +47,11 @@ def trace(part: Part, skeleton: Skeleton, dtype: torch.dtype, opset: int, marks:
     with quiet(), torch.no_grad(), marked(wrapped, skeleton.network, marks):
         try:
             exported = torch.export.export(wrapped, (), arguments, dynamic_shapes=_dynamic_shapes(part), strict=False)
-            program = torch.onnx.export(exported, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+            program = translate(exported, opset)
         except Exception as error:  # the exporter raises whatever the networks and its own stages do
             raise SourceError(
                 f"The component '{part.name}' cannot be exported: {_root(error)}", do="Please report this network."
             ) from error
-    if program is None:
-        raise SourceError(f"The component '{part.name}' cannot be exported", do="Please report this network.")
     _name_interface(program.model, part, _marked_tensors(exported, part, marks))
     names = {name: name.removeprefix(prefix) for name in program.model.graph.initializers}
     real = {name: tensor for name, tensor in exported.constants.items() if not isinstance(tensor, FakeTensor)}

@@ -1,0 +1,109 @@
+"""A program that is not traced a second time gives the graph that it would give."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from edgediffusion.export.simplify import simplify
+from edgediffusion.export.translate import translate
+
+X = torch.linspace(-1, 1, 2 * 6 * 8).reshape(2, 6, 8)
+
+
+def idle(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.dropout(x.to(torch.float32).contiguous().detach(), 0.5, training=False).type_as(x) * 2
+
+
+def last_is_idle(x: torch.Tensor) -> torch.Tensor:
+    return (x + 1).contiguous()
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.unflatten(2, (2, 4)).transpose(1, 2).chunk(2, dim=1)
+    return (first * second).flatten(2)
+
+
+def parts_of_free_sizes(x: torch.Tensor) -> torch.Tensor:
+    rows = x.shape[1] // 2
+    first, second, third = x.split([1, rows, x.shape[1] - rows - 1], dim=1)
+    return torch.cat([third, first * 2, second + 1], dim=1)
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.add_(1)
+    return y.contiguous()
+
+
+def without_translation(x: torch.Tensor) -> torch.Tensor:
+    return torch.hstack([torch.nan_to_num(x.contiguous()), x.rot90(2, (1, 2))])
+
+
+def with_a_graph_within(x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return x.contiguous() @ x.transpose(1, 2)
+
+
+NETWORKS = [idle, last_is_idle, heads, parts_of_free_sizes, in_place, without_translation, with_a_graph_within]
+
+
+class Network(torch.nn.Module):
+    def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x)
+
+
+def export(call: Callable[[torch.Tensor], torch.Tensor]) -> torch.export.ExportedProgram:
+    free = torch.export.Dim.DYNAMIC
+    return torch.export.export(Network(call), (X,), dynamic_shapes={"x": {0: free, 1: free}}, strict=False)
+
+
+@pytest.mark.parametrize("call", NETWORKS, ids=lambda call: call.__name__)
+def test_the_network(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    session = ort.InferenceSession(ir.to_proto(translate(export(call), 23).model).SerializeToString())
+    for x in (X, torch.cat([X, X + 0.3])[:3, :4]):
+        (found,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(found, call(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("call", [idle, last_is_idle, heads], ids=lambda call: call.__name__)
+def test_no_larger_graph_without_a_second_trace(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    models = [translate(export(call), 23).model, torch.onnx.export(export(call), dynamo=True, opset_version=23, optimize=False).model]
+    for model in models:
+        simplify(model)
+    ours, theirs = (Counter(node.op_type for node in model.graph) for model in models)
+    assert ours <= theirs
+
+
+def test_no_sequences() -> None:
+    """torch's own translation of a split into parts of free sizes makes one, which TensorRT does not read."""
+    operators = [node.op_type for node in translate(export(parts_of_free_sizes), 23).model.graph]
+    assert "Slice" in operators and not any("Sequence" in operator for operator in operators)
+
+
+@pytest.mark.parametrize(
+    ("call", "traced"), [(idle, 0), (heads, 0), (in_place, 1), (without_translation, 1), (with_a_graph_within, 1)], ids=str
+)
+def test_decompositions_run_where_they_are_needed(
+    call: Callable[[torch.Tensor], torch.Tensor], traced: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    decompose = torch.export.ExportedProgram.run_decompositions
+
+    def counted(*arguments: object) -> torch.export.ExportedProgram:
+        runs.append(1)
+        return decompose(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
+    translate(export(call), 23)
+    assert len(runs) == traced
