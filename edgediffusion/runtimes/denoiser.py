@@ -52,6 +52,19 @@ class Denoiser:
         x0 = to_x0(self.prediction, x, output, point)
         return x0 if self.threshold is None else self.threshold(x0)
 
+    def together(self, states: Sequence[np.ndarray], indices: Sequence[int]) -> list[np.ndarray]:
+        """The estimates of x_0 for several states, each at its ``points.at[i]``, by one call; neither observed nor corrected.
+
+        The denoiser is one of as many images as all states have together; guidance is on at all of their points, or at none.
+        """
+        points = [self.points.at[i] for i in indices]
+        rows, first = self._at(points[0]), points[0]
+        timesteps = np.repeat([point.timestep for point in points], len(states[0]))
+        call = Call(indices[0], np.concatenate(states), first.timestep, rows.conditions, timesteps=timesteps)
+        outputs = np.split(rows._guided(rows.network(call), first), len(states))
+        found = [to_x0(self.prediction, x, output, at) for x, output, at in zip(states, outputs, points, strict=True)]
+        return found if self.threshold is None else [self.threshold(x0) for x0 in found]
+
     def predict(self, x: np.ndarray, at: Point) -> np.ndarray:
         """The guided prediction itself, uncorrected, for x [images, ...] at any point; a new array."""
         rows = self._at(at)

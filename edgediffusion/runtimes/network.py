@@ -29,7 +29,8 @@ Inputs = Mapping[str, np.ndarray]
 class Call:
     """One call of the network: the ``number``-th of a generation, from 0.
 
-    ``sample`` is float32 [images, ...]; ``conditions`` have [rows, ...] each, where rows are a multiple of images.
+    ``sample`` is float32 [images, ...]; ``conditions`` have [rows, ...] each, where rows are a multiple of images. ``timesteps``
+    [images] are given where each image is at one of its own, and ``timestep`` is then that of the first.
     ``observe`` is given what the graphs are fed when the whole network runs for this call; it has to copy what it keeps.
     ``scales`` are those of the ControlNets at this call.
     """
@@ -40,6 +41,7 @@ class Call:
     conditions: Inputs
     observe: Callable[[Inputs], None] | None = None
     scales: tuple[float, ...] = ()
+    timesteps: np.ndarray | None = None
 
 
 Network = Callable[[Call], np.ndarray]  # -> [rows, ...], the prediction, to be read before the next call
@@ -92,7 +94,8 @@ class Joined:
         for name, rows in call.conditions.items():
             self.arrays[name][...] = rows
         timestep = self.arrays["timestep"]
-        timestep[...] = round(call.timestep) if timestep.dtype.kind in "iu" else call.timestep
+        given = np.array([call.timestep]) if call.timesteps is None else call.timesteps
+        timestep.reshape(-1, len(given))[...] = np.round(given) if timestep.dtype.kind in "iu" else given
         self.arrays["sample"].reshape(-1, *call.sample.shape)[...] = call.sample
         self._controls.feed(call)
 
@@ -146,6 +149,17 @@ class Graphs:
         graphs = (*self.of(policy), *self.controls(policy))
         given = {spec.name for graph in graphs for spec in graph.session.outputs}
         return tuple({spec.name: spec for graph in graphs for spec in graph.session.inputs if spec.name not in given}.values())
+
+    def one_timestep(self, policy: Policy) -> str:
+        """Why all rows of a call of the network are at one time step, for a person; empty where each may be at one of its own."""
+        graphs = self.of(policy)
+        if later := [graph.name for graph in graphs if graph.component.below is not None]:
+            return f"the network changes on the way, to {', '.join(later)}"
+        for graph in (*graphs, *self.controls(policy)):
+            rows, timestep = graph.input("sample").shape[:1], graph.input("timestep").shape
+            if timestep != rows or isinstance(rows[0], int):
+                return f"the graph '{graph.name}' takes one time step for all rows; edgediffusion export --row-timesteps makes one for each"
+        return ""
 
     def network(self, policy: Policy, shapes: Mapping[str, Sequence[int | str]], calls: int, *, aside: str = "") -> Network:
         """The network for one picture. One that is ``aside`` has buffers of that name, so that the picture's keep what they hold."""

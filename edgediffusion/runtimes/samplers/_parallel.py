@@ -2,8 +2,8 @@
 
 They guess the states of a window of steps, ask the network about all of them at once, and improve the guesses: more calls
 than one after the other, but in fewer rounds. Experimental, and of use only where a batch of several states takes as long as
-one. The graphs that are exported take one timestep for all rows, so here a round is a loop, and nothing is gained; an engine
-with a timestep for each row would be asked by another ``DenoiseMany``.
+one. That takes graphs with a timestep for each row: then a loop asks ``rounds`` about many states in one call (windows.py).
+With others ``sample`` asks one by one, and nothing is gained.
 
 ``PARALLEL`` in such a sampler's module says that calls come out of order, and that a call may be repeated.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -27,10 +29,19 @@ DenoiseMany = Callable[[Sequence[np.ndarray], Sequence[int]], Sequence[np.ndarra
 
 @dataclass(frozen=True)
 class Round:
-    """One round: ``calls`` of the network that do not wait for each other, and the ``states`` that are final now, in order."""
+    """One round: ``calls`` of the network that do not wait for each other, and the ``states`` that are final now, in order.
+
+    A call is a question about one state here, however many of them the network is asked at a time.
+    """
 
     calls: int
     states: tuple[np.ndarray, ...]
+
+
+class Parallel(Protocol):
+    """What a sampler that is parallel in time has beside ``sample``."""
+
+    def rounds(self, denoise: DenoiseMany, x: np.ndarray, points: Points, noise: Noise) -> Iterator[Round]: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,19 @@ def affine(points: Points, noise: Noise, shape: Sequence[int], eta: float) -> tu
 
 def one_by_one(denoise: Denoise) -> DenoiseMany:
     return lambda states, indices: [denoise(x, i) for x, i in zip(states, indices, strict=True)]
+
+
+def in_parts(denoise: DenoiseMany, most: int) -> DenoiseMany:
+    """A network that is asked about no more than so many states at a time, in parts as equal as can be; 0 for any number."""
+    if most == 0:
+        return denoise
+
+    def ask(states: Sequence[np.ndarray], indices: Sequence[int]) -> list[np.ndarray]:
+        parts = math.ceil(len(indices) / most)
+        ends = [len(indices) * part // parts for part in range(parts + 1)]
+        return [x0 for begin, end in pairwise(ends) for x0 in denoise(states[begin:end], indices[begin:end])]
+
+    return ask
 
 
 def in_order(rounds: Iterable[Round]) -> Iterator[np.ndarray]:

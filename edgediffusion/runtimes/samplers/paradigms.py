@@ -15,7 +15,7 @@ from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.options import check_range
 from edgediffusion.runtimes.samplers import Denoise, _parallel
-from edgediffusion.runtimes.samplers._parallel import Affine, DenoiseMany, Round, affine, in_order, one_by_one
+from edgediffusion.runtimes.samplers._parallel import Affine, DenoiseMany, Round, affine, in_order, in_parts, one_by_one
 from edgediffusion.runtimes.schedules import Points
 
 ORDER = 1.0
@@ -25,16 +25,19 @@ PARALLEL = True
 
 @dataclass(frozen=True)
 class Options:
-    """``window`` steps are asked at once; ``eta`` is DDIM's. With ``tolerance`` 0 the picture is DDIM's but for rounding."""
+    """``window`` steps are asked at once, or ``batch`` at a time if it is not 0; ``eta`` is DDIM's. With ``tolerance`` 0 the picture is
+    DDIM's but for rounding."""
 
     window: int = 10
     tolerance: float = 0.1
     eta: float = 0.0
+    batch: int = 0
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1, 1000)
         check_range("tolerance", self.tolerance, 0.0, 10.0)
         check_range("eta", self.eta, 0.0, 1.0)
+        check_range("batch", self.batch, 0, 1000)
 
 
 DEFAULT = Options()
@@ -50,6 +53,7 @@ def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, option
 
 def rounds(denoise: DenoiseMany, x: np.ndarray, points: Points, noise: Noise, options: Options = DEFAULT) -> Iterator[Round]:
     steps = affine(points, noise, x.shape, options.eta)
+    denoise = in_parts(denoise, options.batch)
     states = [x] * (len(steps) + 1)  # the first guess: nothing moves
     begin, end = 0, min(options.window, len(steps))
     while begin < len(steps):

@@ -16,7 +16,7 @@ from edgediffusion.bundle import NoiseSchedule
 from edgediffusion.runtimes.noise import Noise
 from edgediffusion.runtimes.options import check_range
 from edgediffusion.runtimes.samplers import Denoise, _parallel
-from edgediffusion.runtimes.samplers._parallel import Affine, DenoiseMany, Round, affine, in_order, one_by_one
+from edgediffusion.runtimes.samplers._parallel import Affine, DenoiseMany, Round, affine, in_order, in_parts, one_by_one
 from edgediffusion.runtimes.schedules import Points
 
 ORDER = 1.0
@@ -30,8 +30,8 @@ Residuals = Mapping[int, tuple[np.ndarray, np.ndarray]]  # by number of the stat
 class Options:
     """A state is final when it is off by no more than ``absolute``, or ``relative`` times the noise that DDPM adds there.
 
-    ``window`` steps are asked at once, ``ridge`` keeps the extrapolation small, ``eta`` is DDIM's. With both tolerances 0 the
-    picture is DDIM's but for rounding. ``memory`` 1 is the plain iteration.
+    ``window`` steps are asked at once, or ``batch`` at a time if it is not 0. ``ridge`` keeps the extrapolation small, ``eta`` is
+    DDIM's. With both tolerances 0 the picture is DDIM's but for rounding. ``memory`` 1 is the plain iteration.
     """
 
     window: int = 10
@@ -41,6 +41,7 @@ class Options:
     absolute: float = 0.01
     relative: float = 0.05
     eta: float = 0.0
+    batch: int = 0
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1, 1000)
@@ -50,6 +51,7 @@ class Options:
         check_range("absolute", self.absolute, 0.0, 10.0)
         check_range("relative", self.relative, 0.0, 10.0)
         check_range("eta", self.eta, 0.0, 1.0)
+        check_range("batch", self.batch, 0, 1000)
 
 
 DEFAULT = Options()
@@ -65,6 +67,7 @@ def sample(denoise: Denoise, x: np.ndarray, points: Points, noise: Noise, option
 
 def rounds(denoise: DenoiseMany, x: np.ndarray, points: Points, noise: Noise, options: Options = DEFAULT) -> Iterator[Round]:
     steps = affine(points, noise, x.shape, options.eta)
+    denoise = in_parts(denoise, options.batch)
     states = [x] * (len(steps) + 1)
     history: list[Residuals] = []
     begin, reached = 0, 0
