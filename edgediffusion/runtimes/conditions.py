@@ -8,6 +8,7 @@ import numpy as np
 
 from edgediffusion.bundle import Sampling, TensorSpec
 from edgediffusion.errors import ArgumentError, BundleError
+from edgediffusion.runtimes import no_effect
 from edgediffusion.runtimes.control import PICTURE, SCALE
 from edgediffusion.runtimes.denoiser import guidance_embedding
 from edgediffusion.runtimes.request import Plan, Request
@@ -89,17 +90,19 @@ class Conditions:
             raise ArgumentError("This network draws what a text says", do="Give a prompt; it may be an empty text.")
         negatives = plan.negatives if plan.classifier_free else ()
         texts = (*negatives, *plan.prompts)
+        numbered = list(enumerate(self._encoders))
         encoded = [
-            [encoder(text, weighted=request.prompt_weights, negative=i < len(negatives)) for encoder in self._encoders]
-            for i, text in enumerate(texts)
+            [encoder(said[min(k, len(said) - 1)], weighted=request.prompt_weights, negative=i < len(negatives)) for k, encoder in numbered]
+            for i, said in enumerate(texts)
         ]
         conditions = {name: np.concatenate([_side_by_side(name, row) for row in encoded]) for name in self._given()}
-        if plan.classifier_free and self._sampling.zero_unconditional and request.negative_prompt is None:
+        if plan.classifier_free and self._sampling.zero_unconditional and _says_no_negative(request):
             for rows in conditions.values():
                 rows[: plan.images] = 0
         cut = dict.fromkeys(item.cut for row in encoded for item in row if item.cut)
         warnings = [f"The prompt is too long; this part of it was left out: '{text}'" for text in cut]
-        if any(texts) and not self._encoders:
+        warnings += no_effect.unread(request, len(self._encoders))
+        if any(map(any, texts)) and not self._encoders:
             warnings.append("The prompt has no effect: this network takes no text.")
         return conditions, tuple(warnings)
 
@@ -143,6 +146,10 @@ class Conditions:
             return {_SCALE: np.full(plan.images, plan.guidance_scale, np.float32)}
         row = guidance_embedding(plan.guidance_scale - 1.0, self._sampling.guidance_width)
         return {_EMBEDDED: np.tile(row, (plan.images, 1))}
+
+
+def _says_no_negative(request: Request) -> bool:
+    return request.negative_prompt is request.negative_prompt_2 is request.negative_prompt_3 is None
 
 
 def _side_by_side(name: str, encoded: Sequence[Encoded]) -> np.ndarray:

@@ -54,7 +54,7 @@ def _refuse_what_is_not_measured(plan: Plan) -> None:
             got="guidance_rescale or guidance_interval",
             do="Leave them out, or the correction.",
         )
-    if plan.painting is not None:
+    if plan.painting is not None or plan.handed_over:
         raise ArgumentError(
             "A correction is measured on pictures that start from noise, and holds for no others",
             got="image",

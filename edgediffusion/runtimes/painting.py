@@ -17,7 +17,6 @@ from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes.autoencoder import Gaussian
 from edgediffusion.runtimes.images import pictures, size, to_input, to_mask
 from edgediffusion.runtimes.noise import Noise
-from edgediffusion.runtimes.samplers import Sampler
 from edgediffusion.runtimes.schedules import Point, Points
 
 STRENGTH, INPAINTING_STRENGTH = 0.8, 1.0  # diffusers' defaults
@@ -41,11 +40,11 @@ class Painting:
         """Whether nothing of the picture is in the start: diffusers' inpainting at full strength."""
         return bool(self.masks) and self.strength == 1.0
 
-    def points(self, points: Points, steps: int, name: str, sampler: Sampler, *, is_flow: bool) -> Points:
-        """The end of a sampler's walk of ``steps`` steps, of which the first ones are left out.
+    def skipped(self, steps: int, *, is_flow: bool) -> int:
+        """How many of the first steps are left out.
 
         Raises:
-            ArgumentError: no step is left, or the sampler's calls of the network do not divide into steps.
+            ArgumentError: all of them.
         """
         # Stable Diffusion's pipelines round the steps down and Stable Diffusion 3's those that are left out.
         skipped = int(max(steps - steps * self.strength, 0)) if is_flow else steps - int(steps * self.strength)
@@ -53,13 +52,7 @@ class Painting:
             raise ArgumentError(
                 f"At strength {self.strength:g} no step of {steps} is left", allowed="more steps, or a strength nearer to 1"
             )
-        if skipped and hasattr(sampler, "after"):
-            later: Points = sampler.after(points, skipped)
-            return later
-        calls = -(-len(points) // steps)
-        if skipped and len(points) not in (calls * steps, calls * (steps - 1) + 1):
-            raise ArgumentError(f"The sampler '{name}' cannot begin in the middle", do="Take another one, or a strength of 1.")
-        return Points(points.at[skipped * calls :], points.to[skipped * calls :], points.noise_scale)
+        return skipped
 
 
 def painting(image: Any, mask_image: Any, strength: float | None) -> Painting | None:

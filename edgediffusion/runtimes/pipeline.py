@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgediffusion.bundle import CONTROL, Bundle, Component
-from edgediffusion.errors import ArgumentError, BundleError, Cancelled
-from edgediffusion.runtimes import caching, correcting, preflight, windows
+from edgediffusion.errors import ArgumentError, Cancelled
+from edgediffusion.runtimes import caching, correcting, preflight
 from edgediffusion.runtimes import noise as noises
 from edgediffusion.runtimes.autoencoder import Autoencoder
-from edgediffusion.runtimes.calls import in_halves, with_channels
 from edgediffusion.runtimes.conditions import Conditions
-from edgediffusion.runtimes.control import with_scales
 from edgediffusion.runtimes.corrections import Deployment, Starts
-from edgediffusion.runtimes.denoiser import Denoiser, Observe
+from edgediffusion.runtimes.denoiser import Observe
 from edgediffusion.runtimes.engines import Session
 from edgediffusion.runtimes.graph import Graph, open_components
+from edgediffusion.runtimes.handover import until
 from edgediffusion.runtimes.loop import Loop, Result, Step, Timings, since
-from edgediffusion.runtimes.network import Graphs, Network, Policy
-from edgediffusion.runtimes.painting import Canvas, Start
-from edgediffusion.runtimes.parts import Load, autoencoder_of, channels_of, refuse_to_load, sampling_of
+from edgediffusion.runtimes.network import Graphs, Policy
+from edgediffusion.runtimes.painting import Start
+from edgediffusion.runtimes.parts import Load, autoencoder_of, refuse_to_load, sampling_of
 from edgediffusion.runtimes.request import Options, Plan, Request, plan
+from edgediffusion.runtimes.rows import Rows
 from edgediffusion.runtimes.samplers import refuse_company
+from edgediffusion.runtimes.starts import begin
 from edgediffusion.runtimes.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
 
 ROLES = ("encode", CONTROL, "decode")  # always loaded; of the denoising graphs those that the caching policy runs
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
-_OF_PICTURES = {"negative_prompt", "prompt_weights", "class_labels", "image", "mask_image", "strength"} | {
-    *("height", "width", "num_images", "latents", "tile", "control_image")
+_OF_PICTURES = {
+    *("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "prompt_weights", "class_labels"),
+    *("image", "mask_image", "strength", "denoising_start", "denoising_end", "height", "width", "num_images", "latents", "tile"),
+    "control_image",
 }
 
 
@@ -78,12 +81,13 @@ class Pipeline:
         self._policy = caching.resolve(cache)
         self._graphs = Graphs(bundle, graphs, load or refuse_to_load)
         self._denoise = self._graphs.of(self._policy)[0]
-        self._channels = channels_of(self._denoise, self.sampling)
         self._autoencoder = autoencoder_of(bundle, self.sampling, graphs, load)
         inputs = self._graphs.inputs(self._policy)
         wanted = {spec.name for spec in inputs}
         encoders = [TextEncoder(g, bundle.path, wanted=wanted) for g in graphs if g.component.role == "encode"]
         self._conditions = Conditions(self.sampling, self._denoise.name, inputs, encoders)
+        fixed = isinstance(self._denoise.input("sample").shape[0], int)
+        self._rows = Rows(self._graphs, self._policy, self.sampling.prediction, self._conditions.controls, fixed)
 
     @classmethod
     def from_bundle(
@@ -139,7 +143,8 @@ class Pipeline:
 
         ``callback`` is called after every step; the work stops when it returns False. ``observe`` is called with the
         number of the step and the arrays before every step's call of the network. ``correction`` takes quantization
-        noise out of the predictions: the file that ``edgediffusion correct`` wrote, a loaded one, or ``qncd``.
+        noise out of the predictions: the file that ``edgediffusion correct`` wrote, a loaded one, or ``qncd``. With ``denoising_end``
+        the result is latents alone: it has no pictures.
 
         Raises:
             ArgumentError: a value that cannot be used, a correction that was measured for something else.
@@ -149,18 +154,20 @@ class Pipeline:
         settled = self._settled(request)
         started = time.perf_counter()
         conditions, warnings = self._conditions(request, settled)
-        encode_ms, times, calls, latents = since(started), [], 0, None
+        encode_ms, times, latents = since(started), [], None
         for step in self._loop(request, settled, conditions, observe, correction):
             times.append(step.elapsed_ms)
-            calls += step.calls
             latents = step.latents
             _tell(callback, step)
         assert latents is not None  # a plan has at least one step
         started = time.perf_counter()
-        pixels = self._autoencoder.decode(latents, tile=settled.tile)
+        if settled.calls < len(settled.points):  # what is left to another network is no picture yet
+            pixels = np.empty((0, 0, 0, 0), np.float32)
+        else:
+            pixels = self._autoencoder.decode(latents, tile=settled.tile)
         seeds = (request.seed,) if isinstance(request.seed, int) else tuple(request.seed)
-        warnings = (*settled.warnings, *warnings, *windows.told(settled, self._apart(settled, observe)), *self._exceeded())
-        return Result(pixels, latents, seeds, calls, Timings(encode_ms, tuple(times), since(started)), warnings)
+        warnings = (*settled.warnings, *warnings, *self._exceeded())
+        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), since(started)), warnings)
 
     def steps(
         self,
@@ -180,8 +187,8 @@ class Pipeline:
         """``predict(x, i)``: the guided prediction for x, float32 [images, c, h, w], at step i. Arguments as for a call."""
         request = Request(prompt, **options)
         settled = self._settled(request)
-        start = self._start(request, settled, self._noise(request, settled))
-        denoiser = self._denoiser(settled, self._conditions(request, settled)[0], start.beside)
+        start = self._begun(request, settled, self._noise(request, settled))
+        denoiser = self._rows.denoiser(settled, self._conditions(request, settled)[0], start.beside)
         return lambda x, i: denoiser.predict(x, settled.points.at[i])
 
     def deployment(self, **options: Unpack[Options]) -> Deployment:
@@ -247,7 +254,7 @@ class Pipeline:
     ) -> Iterator[Step]:
         """Everything is checked here, before the first step is asked for."""
         noise = self._noise(request, plan)
-        return self._walk(request, plan, conditions, self._start(request, plan, noise), noise, observe, correction)
+        return self._walk(request, plan, conditions, self._begun(request, plan, noise), noise, observe, correction)
 
     def _walk(
         self,
@@ -260,28 +267,20 @@ class Pipeline:
         correction: Starts | str | Path | None = None,
     ) -> Iterator[Step]:
         cached = (plan.cache or self._policy) != caching.resolve(None)
-        company = {"a cache": cached, "a correction": correction is not None, "mask_image": start.keep is not None}
+        stopped = plan.calls < len(plan.points)
+        company = {
+            "a cache": cached,
+            "a correction": correction is not None,
+            "mask_image": start.keep is not None,
+            "denoising_end": stopped,
+        }
         refuse_company(plan.sampler, plan.sampler_name, company)
-        denoiser = replace(self._denoiser(plan, conditions, start.beside), observe=observe)
+        denoiser = replace(self._rows.denoiser(plan, conditions, start.beside), observe=observe)
         corrector = correcting.start(correction, self.bundle, plan, denoiser, request.seed)
         denoiser = replace(denoiser, corrector=corrector)
         pixels = partial(self._autoencoder.decode, tile=plan.tile)
-        window = None
-        if windows.is_parallel(plan) and not self._apart(plan, observe):
-            leads = plan.control.leads(self._conditions.controls)
-            window = windows.window(plan, conditions, start.beside, leads, self._denoiser)
-        drawn = corrector.noise(noise)
-        return iter(Loop(plan.sampler, plan.points, denoiser, start.x, drawn, corrector, pixels, self._named, start.keep, window))
-
-    def _apart(self, plan: Plan, observe: Observe | None) -> str:
-        """Why a sampler that is parallel in time asks about one state after the other; empty where it does not, and for others."""
-        if not windows.is_parallel(plan):
-            return ""
-        if observe is not None:
-            return "what the network is fed is observed step by step"
-        if self._bounded is not None:
-            return "memory is bounded, and many at once take many times as much"
-        return self._graphs.one_timestep(plan.cache or self._policy)
+        loop = Loop(plan.sampler, plan.points, denoiser, start.x, corrector.noise(noise), corrector, pixels, self._named, start.keep)
+        return until(loop, plan.calls) if stopped else iter(loop)
 
     def _settled(self, request: Request) -> Plan:
         """The plan of a request, as it fits the memory that there is."""
@@ -294,50 +293,8 @@ class Pipeline:
     def _noise(self, request: Request, plan: Plan) -> noises.Noise:
         return noises.source(request.seed, plan.images, flavour=request.noise, dtype=self._denoise.input("sample").dtype)
 
-    def _start(self, request: Request, plan: Plan, noise: noises.Noise) -> Start:
-        """Where the loop begins: in noise, or in a picture."""
-        further = self._channels - self.sampling.latent_channels
-        if further not in (0, self.sampling.latent_channels + 1):
-            raise BundleError(f"The graph '{self._denoise.name}' takes channels that nobody knows", got=f"{further} beside the latents")
-        if further and (plan.painting is None or not plan.painting.masks):
-            raise ArgumentError("This network fills in a part of a picture", do="Give image and mask_image.")
-        first = partial(_first_noise, request, plan, noise)
-        if plan.painting is None:
-            return Start(plan.points.start(first()))
-        canvas = Canvas(
-            shape=plan.latent_shape,
-            downsampling=self.sampling.downsampling,
-            channels=self._autoencoder.channels,
-            encode=partial(self._autoencoder.encode, tile=plan.tile),
-            noise=noise,
-            per_image=not isinstance(request.seed, int),
-        )
-        return canvas.begin(plan.painting, plan.points, first, beside=further > 0)
-
-    def _denoiser(self, plan: Plan, conditions: Mapping[str, np.ndarray], beside: np.ndarray | None) -> Denoiser:
-        if not plan.classifier_free:
-            return replace(self._rows(plan, conditions, beside, 1), threshold=plan.threshold)
-        guided = replace(self._rows(plan, conditions, beside, 2), guidance=plan.guidance, threshold=plan.threshold)
-        # Where guidance is off, half of the rows are work for nothing, unless the graph was made for so many rows only.
-        if all(map(plan.guidance.is_on, plan.points.at)) or isinstance(self._denoise.input("sample").shape[0], int):
-            return guided
-        second = {name: rows[plan.images :] for name, rows in conditions.items()}
-        return replace(guided, conditional=self._rows(plan, second, beside, 1))
-
-    def _rows(self, plan: Plan, conditions: Mapping[str, np.ndarray], beside: np.ndarray | None, rows: int) -> Denoiser:
-        """A denoiser without guidance, of so many ``rows`` an image."""
-        apart = rows == 2 and plan.separate
-        called = plan.images * (1 if apart else rows)
-        shapes = {name: (called, *array.shape[1:]) for name, array in conditions.items()}
-        channels = plan.latent_shape[1] + (0 if beside is None else beside.shape[1])
-        shapes["sample"] = (called, channels, *plan.latent_shape[2:])
-        ask = partial(self._graphs.network, plan.cache or self._policy, shapes, len(plan.points))
-
-        def network(aside: str) -> Network:
-            asked = in_halves(ask(aside=f"{aside} unconditional"), ask(aside=aside)) if apart else ask(aside=aside)
-            return with_channels(with_scales(asked, plan.control.leads(self._conditions.controls), plan.points), beside)
-
-        return Denoiser(network(""), partial(network, "aside"), self.sampling.prediction, plan.points, conditions)
+    def _begun(self, request: Request, plan: Plan, noise: noises.Noise) -> Start:
+        return begin(request, plan, noise, self._denoise, self.sampling, self._autoencoder)
 
     def _named(self, timestep: float) -> str:
         """The name of the denoiser that takes a time step."""
@@ -348,11 +305,3 @@ class Pipeline:
 def _tell(callback: Callable[[Step], bool | None] | None, step: Step) -> None:
     if callback is not None and callback(step) is False:
         raise Cancelled(f"Stopped after step {step.index + 1} of {step.total}")
-
-
-def _first_noise(request: Request, plan: Plan, noise: noises.Noise) -> np.ndarray:
-    if request.latents is None:
-        return noise.normal(plan.latent_shape)
-    if request.latents.shape != plan.latent_shape:
-        raise ArgumentError("The latents have another shape", got=request.latents.shape, allowed=str(plan.latent_shape))
-    return request.latents.astype(np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgediffusion.bundle import NoiseSchedule, Sampling
 from edgediffusion.errors import ArgumentError, UnknownName
-from edgediffusion.runtimes import caching, subject
+from edgediffusion.runtimes import caching, handover, no_effect, subject
 from edgediffusion.runtimes.control import Control
 from edgediffusion.runtimes.denoiser import check_folded, check_predictable
 from edgediffusion.runtimes.guidance import Clip, Guidance, Threshold, dynamic_threshold, guidance
@@ -19,7 +19,9 @@ from edgediffusion.runtimes.network import Policy
 from edgediffusion.runtimes.painting import Painting, painting
 from edgediffusion.runtimes.samplers import Sampler, resolve
 from edgediffusion.runtimes.schedules import Points, at_size, respaced
+from edgediffusion.runtimes.subject import Texts
 from edgediffusion.runtimes.time_ids import time_ids, without_effect
+from edgediffusion.runtimes.walks import later
 
 GUIDANCE_BATCHES = ("joint", "separate")
 
@@ -27,12 +29,18 @@ GUIDANCE_BATCHES = ("joint", "separate")
 class Options(TypedDict, total=False):
     """The optional fields of ``Request``, for the type checker."""
 
+    prompt_2: str | Sequence[str] | None
+    prompt_3: str | Sequence[str] | None
     negative_prompt: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    negative_prompt_3: str | Sequence[str] | None
     prompt_weights: bool
     class_labels: int | Sequence[int] | None
     image: Any
     mask_image: Any
     strength: float | None
+    denoising_start: float | None
+    denoising_end: float | None
     num_inference_steps: int | None
     timesteps: Sequence[float] | None
     guidance_scale: float | None
@@ -76,6 +84,10 @@ class Request:
     of ``guidance_interval``; ``dynamic_threshold`` is a quantile and, if wanted, the largest s: see ``runtimes.guidance``.
     ``cache`` is a policy of ``runtimes.caching``, by name with options or itself; ``none`` for none at all.
 
+    ``prompt_2`` and ``prompt_3`` are for the second and third of a network's text encoders, in the order of the bundle; each is ``prompt``
+    where it is not given, and so with the negative ones. ``denoising_start`` and ``denoising_end`` share a walk between two networks, the
+    later of which is given the other's latents as ``image``: see ``runtimes.handover``.
+
     A network without text needs no ``prompt``; ``class_labels`` are for one that takes them, an int for all images, or one per
     prompt. ``prompt_weights`` reads brackets as weights, see ``runtimes.prompt_weights``. ``image`` and ``mask_image`` are one
     picture for all prompts or one per prompt, see ``runtimes.images`` and ``runtimes.painting``; the size is then the picture's,
@@ -87,12 +99,18 @@ class Request:
     """
 
     prompt: str | Sequence[str] | None = None
+    prompt_2: str | Sequence[str] | None = None
+    prompt_3: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    negative_prompt_3: str | Sequence[str] | None = None
     prompt_weights: bool = False
     class_labels: int | Sequence[int] | None = None
     image: Any = None
     mask_image: Any = None
     strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
     num_inference_steps: int | None = None
     timesteps: Sequence[float] | None = None
     guidance_scale: float | None = None
@@ -128,22 +146,24 @@ class Request:
 class Plan:
     """One entry of ``prompts``, ``negatives`` and ``labels`` per image; ``latent_shape`` is [images, channels, height, width].
 
-    ``labels`` are empty where none were given.
+    A prompt has a text for each of up to three text encoders. ``labels`` are empty where none were given.
 
     ``time_ids`` are a row of them, and the unconditional one; empty where the network takes none.
 
-    ``points`` has an entry for each call of the network, of which some samplers make several a step. ``spacing`` is empty where
-    it is the bundle's own.
+    ``points`` has an entry for each call of the network, of which some samplers make several a step; the first ``calls`` are done. They
+    begin in another network's latents if ``handed_over``. ``spacing`` is empty where it is the bundle's own.
     """
 
-    prompts: tuple[str, ...]
-    negatives: tuple[str, ...]
+    prompts: tuple[Texts, ...]
+    negatives: tuple[Texts, ...]
     labels: tuple[int, ...]
     painting: Painting | None
     latent_shape: tuple[int, ...]
     sampler_name: str
     sampler: Sampler
     points: Points
+    calls: int
+    handed_over: bool
     steps: int
     spacing: str
     guidance_scale: float
@@ -171,16 +191,19 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     """
     name, sampler = resolve(request.sampler or sampling.sampler)
     steps, spacing = _steps(request, sampling)
-    painted = painting(request.image, request.mask_image, request.strength)
+    part = handover.share(request, sampling)
+    painted = painting(request.image, request.mask_image, request.strength) if part.start is None else None
     control = Control(
         request.control_image, request.controlnet_conditioning_scale, request.control_guidance_start, request.control_guidance_end
     )
-    height, width = subject.size(request, sampling, control.size if painted is None else painted.size)
+    shown = painted.size if painted is not None else handover.size(request, sampling) or control.size
+    height, width = subject.size(request, sampling, shown)
     own = at_size(sampling.schedule, height, width)
     schedule = respaced(own, spacing)
     walk = _points(sampler, schedule, steps)
     _refuse_other_timesteps(request, walk, name)
-    points = walk if painted is None else painted.points(walk, steps, name, sampler, is_flow=schedule.kind == "flow")
+    skipped = part.skipped(walk, steps, name, sampler) if painted is None else painted.skipped(steps, is_flow=schedule.kind == "flow")
+    points = later(walk, steps, skipped, name, sampler)
     check_predictable(sampling.prediction, points, name)
     check_folded(sampling.folded, points, steps, name)
     scale = sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -196,6 +219,8 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         sampler_name=name,
         sampler=sampler,
         points=points,
+        calls=part.calls(points, steps - skipped, name, sampler),
+        handed_over=part.start is not None,
         steps=steps,
         spacing="" if schedule == own else schedule.spacing,
         guidance_scale=scale,
@@ -208,9 +233,9 @@ def plan(request: Request, sampling: Sampling) -> Plan:
         time_ids=time_ids(request, sampling, (height, width)),
         control=control,
         warnings=(
-            *_warnings(request, sampling, scale),
-            *_unspaced(sampler, own, schedule, walk, steps),
-            *_repainted(request, painted, (height, width)),
+            *no_effect.guided(request, sampling, scale),
+            *no_effect.unspaced(sampler, own, schedule, walk, steps),
+            *no_effect.repainted(request, painted, (height, width)),
             *without_effect(request, sampling),
         ),
     )
@@ -244,37 +269,6 @@ def _refuse_other_timesteps(request: Request, points: Points, sampler: str) -> N
     lacking = [t for t in request.timesteps or () if min(abs(t - other) for other in called) > 1]
     if lacking:
         raise ArgumentError(f"The sampler '{sampler}' has timesteps of its own, and calls the network at none near {lacking[0]:g}")
-
-
-def _warnings(request: Request, sampling: Sampling, scale: float) -> tuple[str, ...]:
-    found = []
-    if sampling.guidance == "none" and request.guidance_scale is not None:
-        found.append("guidance_scale has no effect: this network takes no guidance.")
-    if request.negative_prompt and sampling.guidance != "classifier-free":
-        found.append("negative_prompt has no effect: it needs classifier-free guidance, which this network does not use.")
-    elif request.negative_prompt and scale <= 1:
-        found.append(f"negative_prompt has no effect at guidance_scale {scale:g}: it takes a scale above 1.")
-    shaped = [name for name in ("guidance_rescale", "guidance_interval") if getattr(request, name)]
-    if shaped and (sampling.guidance != "classifier-free" or scale <= 1):
-        found.append(f"{' and '.join(shaped)} without effect: that takes classifier-free guidance at a scale above 1.")
-    return tuple(found)
-
-
-def _unspaced(sampler: Sampler, own: NoiseSchedule, asked: NoiseSchedule, points: Points, steps: int) -> tuple[str, ...]:
-    """Some samplers have timesteps of their own, whatever the spacing. ``own`` is the bundle's schedule."""
-    if asked == own or asked.spacing.startswith(("timesteps", "sigmas")) or points != sampler.points(own, steps):
-        return ()
-    return (f"spacing {asked.spacing} has no effect: the sampler calls the network at the same points without it.",)
-
-
-def _repainted(request: Request, painted: Painting | None, size: tuple[int, int]) -> tuple[str, ...]:
-    """What happens to pictures that are painted over, or does not for lack of one."""
-    if painted is None:
-        return ("strength has no effect: it needs a picture to start from.",) if request.strength is not None else ()
-    if painted.size == size:
-        return ()
-    before, after = (f"{height} x {width}" for height, width in (painted.size, size))
-    return (f"The picture of {before} was resized to {after} (height x width).",)
 
 
 def _threshold(request: Request, sampling: Sampling) -> Threshold | None:

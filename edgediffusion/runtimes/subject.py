@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from edgediffusion.runtimes.request import Request
 
 
-def texts(request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
+Texts = tuple[str, ...]  # what the first, second and third text encoder read
+
+
+def texts(request: Request) -> tuple[tuple[Texts, ...], tuple[Texts, ...]]:
     """Prompt and negative prompt of each image: all images of the first prompt, then those of the second, and so on.
 
     Raises:
@@ -23,15 +26,11 @@ def texts(request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise ArgumentError("The list of prompts is empty", do="Give at least one; it may be an empty text.")
     if request.num_images < 1:
         raise ArgumentError("The number of images per prompt cannot be used", got=request.num_images, allowed="1 and more")
-    negative = request.negative_prompt or ""
-    negatives = (negative,) * len(prompts) if isinstance(negative, str) else tuple(negative)
-    if len(negatives) != len(prompts):
-        raise ArgumentError("A list of negative prompts has one per prompt", got=f"{len(negatives)} for {len(prompts)} prompts")
+    negatives = _each("negative_prompt", request.negative_prompt, ("",) * len(prompts))
     for what, given in (("pictures", request.image), ("masks", request.mask_image)):
         if isinstance(given, Sequence) and len(given) not in (1, len(prompts)):
             raise ArgumentError(f"A list of {what} has one per prompt", got=f"{len(given)} for {len(prompts)} prompts")
-    each = range(request.num_images)
-    return tuple(p for p in prompts for _ in each), tuple(n for n in negatives for _ in each)
+    return _of_encoders(request, "prompt", prompts), _of_encoders(request, "negative_prompt", negatives)
 
 
 def labels(request: Request, sampling: Sampling, images: int) -> tuple[int, ...]:
@@ -100,3 +99,19 @@ def _prompts(request: Request) -> tuple[str, ...]:
     if request.prompt is None:
         return ("",) * (len(request.class_labels) if isinstance(request.class_labels, Sequence) else 1)
     return (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+
+
+def _of_encoders(request: Request, name: str, first: Texts) -> tuple[Texts, ...]:
+    """The texts of each image; ``first`` are those of the first encoder, one per prompt."""
+    others = [_each(f"{name}_{k}", getattr(request, f"{name}_{k}"), first) for k in (2, 3)]
+    return tuple(row for row in zip(first, *others, strict=True) for _ in range(request.num_images))
+
+
+def _each(name: str, given: str | Sequence[str] | None, usual: Texts) -> Texts:
+    """One for each prompt: those that are given, or the usual ones."""
+    if given is None:
+        return usual
+    found = (given,) * len(usual) if isinstance(given, str) else tuple(given)
+    if len(found) != len(usual):
+        raise ArgumentError(f"A list for {name} has one text per prompt", got=f"{len(found)} for {len(usual)} prompts")
+    return found
