@@ -14,7 +14,7 @@ import numpy as np
 
 from edgediffusion.bundle import CONTROL, Bundle, Component
 from edgediffusion.errors import ArgumentError, Cancelled
-from edgediffusion.runtimes import caching, correcting, preflight
+from edgediffusion.runtimes import caching, correcting, preflight, windows
 from edgediffusion.runtimes import noise as noises
 from edgediffusion.runtimes.autoencoder import Autoencoder
 from edgediffusion.runtimes.conditions import Conditions
@@ -154,9 +154,10 @@ class Pipeline:
         settled = self._settled(request)
         started = time.perf_counter()
         conditions, warnings = self._conditions(request, settled)
-        encode_ms, times, latents = since(started), [], None
+        encode_ms, times, calls, latents = since(started), [], 0, None
         for step in self._loop(request, settled, conditions, observe, correction):
             times.append(step.elapsed_ms)
+            calls += step.calls
             latents = step.latents
             _tell(callback, step)
         assert latents is not None  # a plan has at least one step
@@ -166,8 +167,8 @@ class Pipeline:
         else:
             pixels = self._autoencoder.decode(latents, tile=settled.tile)
         seeds = (request.seed,) if isinstance(request.seed, int) else tuple(request.seed)
-        warnings = (*settled.warnings, *warnings, *self._exceeded())
-        return Result(pixels, latents, seeds, Timings(encode_ms, tuple(times), since(started)), warnings)
+        warnings = (*settled.warnings, *warnings, *windows.told(settled, self._apart(settled, observe)), *self._exceeded())
+        return Result(pixels, latents, seeds, calls, Timings(encode_ms, tuple(times), since(started)), warnings)
 
     def steps(
         self,
@@ -279,8 +280,23 @@ class Pipeline:
         corrector = correcting.start(correction, self.bundle, plan, denoiser, request.seed)
         denoiser = replace(denoiser, corrector=corrector)
         pixels = partial(self._autoencoder.decode, tile=plan.tile)
-        loop = Loop(plan.sampler, plan.points, denoiser, start.x, corrector.noise(noise), corrector, pixels, self._named, start.keep)
+        window = None
+        if windows.is_parallel(plan) and not self._apart(plan, observe):
+            leads = plan.control.leads(self._conditions.controls)
+            window = windows.window(plan, conditions, start.beside, leads, self._rows.denoiser)
+        drawn = corrector.noise(noise)
+        loop = Loop(plan.sampler, plan.points, denoiser, start.x, drawn, corrector, pixels, self._named, start.keep, window)
         return until(loop, plan.calls) if stopped else iter(loop)
+
+    def _apart(self, plan: Plan, observe: Observe | None) -> str:
+        """Why a sampler that is parallel in time asks about one state after the other; empty where it does not, and for others."""
+        if not windows.is_parallel(plan):
+            return ""
+        if observe is not None:
+            return "what the network is fed is observed step by step"
+        if self._bounded is not None:
+            return "memory is bounded, and many at once take many times as much"
+        return self._graphs.one_timestep(plan.cache or self._policy)
 
     def _settled(self, request: Request) -> Plan:
         """The plan of a request, as it fits the memory that there is."""
