@@ -14,8 +14,9 @@ import pytest
 from edgediffusion.bundle import Component, TensorSpec
 from edgediffusion.errors import ArgumentError, EngineError
 from edgediffusion.registry import find
-from edgediffusion.runtimes import Pipeline
+from edgediffusion.runtimes import Pipeline, caching
 from edgediffusion.runtimes.engines import NOT_SHARED, Binding, Session
+from edgediffusion.runtimes.network import Call
 from edgediffusion.runtimes.samplers import _parallel, paradigms, parataa
 from edgediffusion.runtimes.samplers._parallel import Round
 
@@ -240,11 +241,15 @@ def test_every_row_is_fed_its_state_its_time_step_and_its_text(tmp_path: Path) -
     np.testing.assert_array_equal(texts, np.stack([away] * 6 + [red, cat] * 3))
 
 
-def test_whole_time_steps_are_rounded(tmp_path: Path) -> None:
+def test_a_graph_of_whole_time_steps_is_fed_the_nearest(tmp_path: Path) -> None:
     fakes = Fakes(tmp_path / "bundle", TensorSpec("timestep", "int64", ("batch",)))
     fakes.pipe(PROMPT, sampler="paradigms:window=3", num_inference_steps=6, guidance_scale=1.0)
     assert fakes.calls[0]["timestep"].tolist() == [831, 665, 499]
-    assert fakes.calls[0]["timestep"].dtype == np.int64
+    shapes = {"sample": (4, 4, 8, 8), "encoder_hidden_states": (4, TOKENS, WIDTH)}
+    network = fakes.pipe._graphs.network(caching.resolve(None), shapes, 1)
+    texts = {"encoder_hidden_states": np.zeros(shapes["encoder_hidden_states"], np.float32)}
+    network(Call(0, np.zeros((2, 4, 8, 8), np.float32), 830.7, texts, timesteps=np.array([830.7, 12.4])))
+    assert fakes.calls[-1]["timestep"].tolist() == [831, 12, 831, 12]
 
 
 @pytest.mark.parametrize("controls", [1, 2])

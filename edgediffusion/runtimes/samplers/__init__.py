@@ -24,8 +24,9 @@ A step may take several calls (Heun's method, the warm-up of PNDM). ``points`` t
 is called exactly once for each i in order, and each call is followed by a state, the one that the next call reads. Two
 entries may lie at one point. ``steps`` are the user's, ``len(points)`` the calls.
 
-A module may say ``PARALLEL = True``: it asks about several steps at once (_parallel.py). Then calls come out of order and may
-be repeated, while states are yielded as ever, so what counts calls or changes states in between cannot go with it.
+A module may say ``PARALLEL = True``: it asks about several steps at once, and has ``rounds`` beside ``sample`` (_parallel.py).
+Then calls come out of order and may be repeated, while states are yielded as ever, so what counts calls or changes states in
+between cannot go with it.
 
 A sampler with options states them as a frozen dataclass ``Options`` (see options.py), which its functions take as their last
 argument; ``resolve`` binds them.
