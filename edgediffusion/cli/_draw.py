@@ -8,6 +8,7 @@ from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
+from edgediffusion.cli._latents import SUFFIX, read_latents, write_latents
 from edgediffusion.errors import ArgumentError, OutputError
 from edgediffusion.files import new_file
 from edgediffusion.registry import require
@@ -18,22 +19,25 @@ _GAP = 4
 
 @dataclass(frozen=True)
 class Drawing:
-    """Where pictures go: ``output`` itself, or for several laid out as ``files`` numbered ones beside it."""
+    """Where pictures go: ``output`` itself, or for several laid out as ``files`` numbered ones beside it; ``latents`` go into one file."""
 
     output: Path
     layout: str = "grid"
     force: bool = False
+    latents: bool = False
 
     def files(self, count: int) -> tuple[Path, ...]:
         """The files that ``count`` pictures fill; refused before any work is done for them.
 
         Raises:
-            ArgumentError: the name ends in no picture format.
+            ArgumentError: the name ends in no picture format, or not as latents do.
             OutputError: one exists, and they may not be replaced.
         """
-        if self.output.suffix.lower() not in _FORMATS:
+        if self.latents and self.output.suffix.lower() != SUFFIX:
+            raise ArgumentError(f"What --denoising-end leaves is no picture, and '{self.output}' does not end like latents", allowed=SUFFIX)
+        if not self.latents and self.output.suffix.lower() not in _FORMATS:
             raise ArgumentError(f"'{self.output}' does not end like a picture", allowed=", ".join(_FORMATS))
-        numbered = count > 1 and self.layout == "files"
+        numbered = count > 1 and self.layout == "files" and not self.latents
         files = tuple(self.output.with_stem(f"{self.output.stem}-{n}") for n in range(1, count + 1)) if numbered else (self.output,)
         for file in files:
             if file.is_dir() or (file.exists() and not self.force):
@@ -74,8 +78,8 @@ def draw(
 ) -> Drawn:
     """Draw and write the pictures as ``drawing`` says. ``options`` are the others of ``runtimes.Request``.
 
-    A single one of ``images``, ``masks`` and ``class_labels`` is for all prompts. Without ``prompts`` there is one picture, or one
-    for each class.
+    A single one of ``images``, ``masks``, ``class_labels`` and further prompts is for all prompts. Without ``prompts`` there is one
+    picture, or one for each class.
     """
     files = drawing.files(max(len(prompts), 1 if prompts else len(class_labels), 1) * options["num_images"])
     require("PIL", extra="cpu", purpose="Writing a picture")
@@ -85,8 +89,8 @@ def draw(
     from edgediffusion.runtimes.request import Request, plan
 
     progress("loading", 0.0)
-    options |= {"image": _single([open_image(file) for file in images]), "mask_image": _single([open_image(file) for file in masks])}
-    options["class_labels"] = _single(class_labels)
+    options |= {"image": _started(images, options["denoising_start"]), "mask_image": _single([open_image(file) for file in masks])}
+    options |= {"class_labels": _single(class_labels), **{name: _single(options[name]) for name in ("prompt_2", "prompt_3")}}
     if control_images:
         options["control_image"] = _single([open_image(file) for file in control_images])
     if control_scales:
@@ -101,12 +105,33 @@ def draw(
         raise ArgumentError("This bundle draws what a text says", do='Say it: --prompt "...".')
     pipeline = Pipeline.from_bundle(opened, target=target, cache=cache, max_memory=max_memory)
     result = pipeline(asked, callback=lambda step: progress("sampling", (step.index + 1) / step.total), **options)
-    pictures = result.images if len(files) > 1 else [grid(result.images)]
-    for file, picture in zip(files, pictures, strict=True):
-        with new_file(file, replace=drawing.force) as partial:
-            picture.save(partial, format=_FORMATS[file.suffix.lower()])
+    if drawing.latents:
+        write_latents(result.latents, drawing.output, replace=drawing.force)
+    else:
+        _write(result.images, files, drawing)
     times = result.timings
     return Drawn(tuple(map(str, files)), tuple(prompts), result.seeds, times.encode_ms, times.step_ms, times.decode_ms, result.warnings)
+
+
+def _started(images: Sequence[Path], start: float | None) -> Any:
+    """The pictures to start from, or the latents that another network left."""
+    from edgediffusion.runtimes.images import open_image
+
+    if start is None:
+        return _single([open_image(file) for file in images])
+    if len(images) != 1:
+        raise ArgumentError(
+            "--denoising-start takes what another network left",
+            got=f"{len(images)} times --image",
+            allowed="one --image, the file that 'edgediffusion run --denoising-end' wrote",
+        )
+    return read_latents(images[0])
+
+
+def _write(pictures: Sequence[Any], files: Sequence[Path], drawing: Drawing) -> None:
+    for file, picture in zip(files, pictures if len(files) > 1 else [grid(pictures)], strict=True):
+        with new_file(file, replace=drawing.force) as partial:
+            picture.save(partial, format=_FORMATS[file.suffix.lower()])
 
 
 def _pair(option: str, given: Sequence[float]) -> Sequence[float]:

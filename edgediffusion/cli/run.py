@@ -20,11 +20,17 @@ from edgediffusion.registry import names
 
 _PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
+_FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
+
 
 @click.command()
 @bundle_argument
 @click.option("--prompt", "prompts", multiple=True, help="What the picture shows; may be given several times.")
+@click.option("--prompt-2", multiple=True, help="For the second text encoder, where there are several; --prompt by default.")
+@click.option("--prompt-3", multiple=True, help="For the third one.")
 @click.option("--negative-prompt", default=None, help="What it should not show.")
+@click.option("--negative-prompt-2", default=None, help="For the second text encoder; --negative-prompt by default.")
+@click.option("--negative-prompt-3", default=None, help="For the third one.")
 @click.option("--prompt-weights", is_flag=True, help="Read (words:1.3), (words) and [words] in prompts as more or less of them.")
 @click.option(
     "--class-label",
@@ -38,6 +44,14 @@ _PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--strength", type=click.FloatRange(0, 1, min_open=True), default=None, help="How far from --image; 0.8 by default, 1 with --mask."
 )
+@click.option(
+    "--denoising-end",
+    type=_FRACTION,
+    default=None,
+    metavar="FRACTION",
+    help="Leave what comes behind this part of the noise to another network: writes latents, a .npy file.",
+)
+@click.option("--denoising-start", type=_FRACTION, default=None, metavar="FRACTION", help="Begin there, with --image LATENTS.npy.")
 @click.option(
     "--control-image",
     "control_images",
@@ -103,6 +117,8 @@ def command(output: Path, layout: str, force: bool, as_json: bool, **options: An
       edgediffusion run bundle-cpu --prompt "a red heart" --steps 20 --seed 7 -o heart.png
       edgediffusion run bundle-cpu --prompt "a gold heart" --image heart.png --strength 0.6 -o gold.png
       edgediffusion run bundle-cpu --prompt "a leaf" --image heart.png --mask left-half.png -o leaf.png
+      edgediffusion run base-cpu --prompt "a fox" --steps 40 --denoising-end 0.8 -o fox.npy
+      edgediffusion run refiner-cpu --prompt "a fox" --steps 40 --denoising-start 0.8 --image fox.npy -o fox.png
       edgediffusion run bundle-cpu --prompt "a room" --control-image edges.png --control-scale 0.8 -o room.png
       edgediffusion run bundle-cpu --prompt "a (red:1.4) [small] heart" --prompt-weights -o red.png
       edgediffusion run digits-cpu --class-label 3 --class-label 7 -o digits.png
@@ -114,7 +130,7 @@ def command(output: Path, layout: str, force: bool, as_json: bool, **options: An
     from edgediffusion.cli._show import show
 
     with Progress() as progress:
-        drawn = draw(drawing=Drawing(output, layout, force), progress=progress, **options)
+        drawn = draw(drawing=Drawing(output, layout, force, latents=options["denoising_end"] is not None), progress=progress, **options)
     for warning in drawn.warnings:
         click.echo(f"Warning: {warning}", err=True)
     show(drawn, "\n".join(drawn.files), as_json=as_json)

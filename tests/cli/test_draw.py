@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -51,6 +52,7 @@ class StandIn:
         count = len(prompts or range(2)) * options["num_images"]
 
         class Result:
+            latents = np.full((count, 4, 2, 2), 0.5, np.float32)
             images = tuple(Image.new("L", (8, 8), 40 * n) for n in range(count))
             timings = Timings()
             seeds = (options["seed"],)
@@ -233,3 +235,47 @@ def test_sizes_that_a_network_is_told(bundle: Bundle, tmp_path: Path) -> None:
     run(bundle, "--prompt", "a room", *sizes, "-o", tmp_path / "a.png")
     asked = StandIn.asked
     assert (asked["original_size"], asked["crops_coords_top_left"], asked["target_size"]) == ((100, 200), (3, 4), (5, 6))
+
+
+def test_texts_for_further_encoders(bundle: Bundle, tmp_path: Path) -> None:
+    further = ("--prompt-2", "c", "--prompt-3", "d", "--prompt-3", "e", "--negative-prompt-2", "f")
+    run(bundle, "--prompt", "a", "--prompt", "b", *further, "-o", tmp_path / "a.png")
+    names = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+    assert [StandIn.asked[name] for name in names] == ["c", ["d", "e"], None, "f", None]
+
+
+def test_latents_go_from_one_network_to_another(bundle: Bundle, tmp_path: Path) -> None:
+    left = tmp_path / "left.npy"
+    result = run(bundle, "--prompt", "a", "--images", 2, "--layout", "files", "--denoising-end", 0.8, "-o", left)
+    assert result.stdout == f"{left}\n"
+    assert np.load(left).shape == (2, 4, 2, 2)
+    np.save(tmp_path / "sized.npy", np.zeros((1, 4, 8, 8), np.float32))
+    run(bundle, "--prompt", "a", "--image", tmp_path / "sized.npy", "--denoising-start", 0.8, "-o", tmp_path / "a.png")
+    assert (StandIn.asked["image"].shape, StandIn.asked["denoising_start"]) == ((1, 4, 8, 8), 0.8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--denoising-end", 0.8, "-o", "a.png"), "What --denoising-end leaves is no picture"),
+        (("-o", "a.npy"), "does not end like a picture"),
+        (("--denoising-end", 1, "-o", "a.npy"), "1.0 is not in the range 0<x<1"),
+        (("--denoising-start", 0.8, "-o", "a.png"), "takes what another network left. Got: 0 times --image"),
+        (("--denoising-start", 0.8, "--image", "picture.png", "-o", "a.png"), "cannot be read as latents"),
+        (("--denoising-start", 0.8, "--image", "objects.npy", "-o", "a.png"), "cannot be read as latents. Got: Object arrays"),
+        (("--denoising-start", 0.8, "--image", "cut.npy", "-o", "a.png"), "cannot be read as latents"),
+        (("--denoising-start", 0.8, "--image", "flat.npy", "-o", "a.png"), "latents and no picture, as image. Got: float64 (3,)"),
+        (("--denoising-start", 0.8, "--strength", 0.5, "--image", "flat.npy", "-o", "a.png"), "Got: denoising_start and strength"),
+    ],
+)
+def test_what_cannot_be_handed_over_is_refused(bundle: Bundle, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "flat.npy", np.zeros(3))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "flat.npy").read_bytes()[:-9])
+    placed = [tmp_path / a if isinstance(a, str) and a.endswith((".png", ".npy")) else a for a in arguments]
+    result = run(bundle, "--prompt", "x", *placed, code=2)
+    assert message in " ".join(result.stderr.split())
+    assert StandIn.asked == {}
+    assert not (tmp_path / "a.png").exists()
+    assert not (tmp_path / "a.npy").exists()
