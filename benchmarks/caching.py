@@ -38,7 +38,7 @@ CUTS = {
     "fashion": ("up_blocks.2.resnets.1", "up_blocks.2.resnets.0", "up_blocks.1.resnets.1", "up_blocks.1.resnets.0"),
     "fashion-dit": ("transformer_blocks.0", "transformer_blocks.1", "transformer_blocks.3"),
 }
-INTERVALS = (2, 3, 4, 5, 6, 7, 8, 9, 10)
+INTERVALS = {"fashion": (2, 3, 4, 5, 6, 7, 8, 9, 10), "fashion-dit": (2, 3, 4, 6)}
 HEAD = ("policy", "time", "whole calls", "PSNR median", "p10", "worst", "SSIM", "Fréchet", "agreement")
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "caching.png"
 _NOT_PLOTTED = ("up_blocks.2.resnets.0", "up_blocks.1.resnets.0")  # two of four cuts are enough to look at
@@ -133,18 +133,19 @@ def _policies(model: str, fitted: Mapping[str, str]) -> dict[str, str]:
 def _of_unet() -> dict[str, str]:
     texts = []
     for cut in CUTS["fashion"]:
-        texts += [f"deepcache:interval={n},cut={cut}" for n in INTERVALS]
-        texts += [f"deepcache:schedule=non-uniform,interval={n},cut={cut}" for n in INTERVALS]
+        texts += [f"deepcache:interval={n},cut={cut}" for n in INTERVALS["fashion"]]
+        texts += [f"deepcache:schedule=non-uniform,interval={n},cut={cut}" for n in INTERVALS["fashion"]]
         texts += [f"deepcache-adaptive:threshold={t},{more}cut={cut}" for more in ("", "ahead=true,") for t in (0.05, 0.1, 0.2, 0.4)]
     return {policy: policy for policy in (*texts, *_any())}
 
 
 def _of_transformer(fitted: Mapping[str, str]) -> dict[str, str]:
     _, second, middle = CUTS["fashion-dit"]
-    texts = [f"fora:interval={n}" for n in INTERVALS]
-    texts += [f"taylorseer:interval={n},order={m}" for m in (1, 2) for n in INTERVALS]
-    texts += [f"taylorseer:interval={n},order=2,form=newton" for n in INTERVALS]
-    texts += [f"delta-dit:interval={n},cut={middle}" for n in INTERVALS]
+    intervals = INTERVALS["fashion-dit"]
+    texts = [f"fora:interval={n}" for n in intervals]
+    texts += [f"taylorseer:interval={n},order={m}" for m in (1, 2) for n in intervals]
+    texts += [f"taylorseer:interval={n},order=2,form=newton" for n in intervals]
+    texts += [f"delta-dit:interval={n},cut={middle}" for n in intervals]
     texts += [f"first-block:threshold={t},cut={second}" for t in (0.03, 0.05, 0.1, 0.2)]
     texts += [f"teacache:threshold={t}{more}" for more in ("", ",polynomial=flux") for t in (0.05, 0.1, 0.2, 0.4)]
     policies = {policy: policy for policy in texts}
