@@ -16,10 +16,11 @@ def first_calls(points: Points, steps: int, name: str, sampler: Sampler) -> tupl
         ArgumentError: the sampler's calls of the network do not divide into steps.
     """
     calls = -(-len(points) // steps)
-    if len(points) in (calls * steps, calls * (steps - 1) + 1):
+    if hasattr(sampler, "after"):  # its calls do not divide evenly: where there is one more than steps, the second repeats the first
+        if len(points) <= steps + 1:
+            return (0, *range(1 + len(points) - steps, len(points)))
+    elif len(points) in (calls * steps, calls * (steps - 1) + 1):
         return tuple(range(0, len(points), calls))
-    if hasattr(sampler, "after") and len(points) == steps + 1:  # the second call repeats the first step
-        return (0, *range(2, len(points)))
     raise ArgumentError(
         f"The sampler '{name}' cannot begin in the middle, nor stop there", do="Take another one, or a strength of 1, or the whole walk."
     )

@@ -16,11 +16,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import onnx
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
@@ -90,6 +92,18 @@ def test_a_flow_draws_from_a_picture_what_diffusers_draws(flow_t5: Path, exporte
     ours = Pipeline.from_bundle(exported(flow_t5), threads=1)
     mine, other = asked(theirs, ours.sampling, PROMPTS[0], Run("flow-euler", 5, 4.0, 3)).draw(ours, theirs)
     assert np.abs(mine - other).max() < 2 / 255
+
+
+def test_each_of_three_encoders_reads_its_own_text(flow_t5: Path, exported: Exported) -> None:
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(flow_t5)
+    theirs.set_progress_bar_config(disable=True)
+    ours = Pipeline.from_bundle(exported(flow_t5), threads=1)
+    texts: dict[str, Any] = {"prompt_2": "black trousers", "prompt_3": "blue shoes", "num_inference_steps": 3, "guidance_scale": 4.0}
+    texts |= {"negative_prompt": "wool", "negative_prompt_3": "a bag"}
+    other = theirs(PROMPTS[0], output_type="np", generator=torch.Generator().manual_seed(3), **texts).images
+    found = ours(PROMPTS[0], seed=3, **texts)
+    assert not found.warnings
+    assert np.abs(found.pixels - other).max() < 2 / 255
 
 
 def test_float16_runs_and_is_close(small: Path, exported: Exported) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import torch
 import transformers_tiny
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from transformers_checks import Conformance, check_whole, of_size
@@ -43,6 +44,15 @@ class TestDev(Conformance):
         ours = Pipeline.from_bundle(sized, threads=1)
         mine, other = asked(theirs, ours.sampling, "a bag", Run("flow-euler", 5, 3.5, 3)).draw(ours, theirs)
         assert np.abs(mine - other).max() < 2 / 255
+
+    def test_clip_reads_the_prompt_and_t5_the_second_one(self, source: Path, bundle: Bundle) -> None:
+        theirs = diffusers.FluxPipeline.from_pretrained(source)
+        theirs.set_progress_bar_config(disable=True)
+        ours = Pipeline.from_bundle(of_size(bundle, *self.SIZE), threads=1)
+        both: dict[str, Any] = {"prompt_2": "black trousers", "num_inference_steps": 3, "guidance_scale": 3.5}
+        sizes = {"height": self.SIZE[0], "width": self.SIZE[1]}
+        other = theirs("a bag", output_type="np", generator=torch.Generator().manual_seed(3), **both, **sizes).images
+        assert np.abs(ours("a bag", seed=3, **both).pixels - other).max() < 2 / 255
 
 
 SHIFT = DynamicShift(0.5, 1.15, 256, 4096, token_pixels=4)

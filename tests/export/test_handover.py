@@ -56,7 +56,7 @@ def test_a_walk_of_two_networks_ends_where_that_of_diffusers_does(
     base: Pair, refiner: Pair, sampler: str, steps: int, fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for pair in (base, refiner):
-        monkeypatch.setattr(pair.theirs, "scheduler", scheduler_of(sampler, pair.theirs.scheduler.config))
+        monkeypatch.setattr(pair.theirs, "scheduler", scheduler_of(sampler, {**pair.theirs.scheduler.config, "clip_sample": False}))
     asked: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.0}
     left = base.theirs(PROMPT, denoising_end=fraction, output_type="latent", generator=seeded(), **asked).images
     theirs = refiner.theirs(PROMPT, image=left, denoising_start=fraction, output_type="np", generator=seeded(), **asked).images
@@ -70,7 +70,7 @@ def test_a_walk_of_two_networks_ends_where_that_of_diffusers_does(
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "deis", "unipc"])
 def test_what_is_handed_over_is_what_diffusers_hands_over(base: Pair, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of these samplers, whose states are scaled in diffusers as they are here."""
-    monkeypatch.setattr(base.theirs, "scheduler", scheduler_of(sampler, base.theirs.scheduler.config))
+    monkeypatch.setattr(base.theirs, "scheduler", scheduler_of(sampler, {**base.theirs.scheduler.config, "clip_sample": False}))
     asked: dict[str, Any] = {"num_inference_steps": 9, "guidance_scale": 4.0, "denoising_end": 0.6}
     theirs = base.theirs(PROMPT, output_type="latent", generator=seeded(), **asked).images.numpy()
     assert np.abs(base.ours(PROMPT, seed=3, sampler=sampler, **asked).latents - theirs).max() < 1e-4 * np.abs(theirs).max()
@@ -120,13 +120,14 @@ LATENTS = np.zeros((1, 4, 8, 8), np.float32)
         ({"denoising_start": 0.9996, "image": LATENTS}, "Of 4 steps none begins below time step 0"),
         ({"denoising_end": 0.05}, "Of 4 steps none begins at time step 950 or above"),
         ({"denoising_end": 0.5, "sampler": "restart"}, "'restart' cannot begin in the middle, nor stop there"),
+        ({"denoising_end": 0.5, "sampler": "pndm:skip_prk_steps=false", "num_inference_steps": 9}, "nor stop there"),
         ({"denoising_end": 0.5, "sampler": "parataa"}, "cannot go with denoising_end"),
         ({"prompt_2": ["a", "b"]}, "A list for prompt_2 has one text per prompt. Got: 2 for 1"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(base: Pair, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        base.ours(PROMPT, num_inference_steps=4, **options)
+        base.ours(PROMPT, **{"num_inference_steps": 4, **options})
 
 
 @pytest.mark.parametrize(
