@@ -63,6 +63,7 @@ _FRACTION = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option(
     "--control-part", callback=numbers, default=None, metavar="START,END", help="Lead between these parts of the steps only: 0,0.5."
 )
+@click.option("--guess-mode", is_flag=True, help="Lead more loosely, and what the prompt asks for alone; also without one.")
 @click.option("--steps", "num_inference_steps", type=click.IntRange(min=1), default=None, help="The bundle says by default.")
 @click.option("--timesteps", callback=numbers, default=None, metavar="T,T,...", help="Training timesteps, one a step, instead of --steps.")
 @click.option("--sampler", default=None, help=f"One of: {', '.join(names('runtimes.samplers'))}; may end in options, as ddim:eta=0.5.")

@@ -127,7 +127,8 @@ class Conditions:
 
     def _lead(self, request: Request, plan: Plan, conditions: dict[str, np.ndarray]) -> tuple[str, ...]:
         if not self._pictures:
-            return ("control_image has no effect: no ControlNet is in this bundle.",) if request.control_image is not None else ()
+            given = {"control_image": request.control_image is not None, "guess_mode": request.guess_mode}
+            return tuple(f"{name} has no effect: no ControlNet is in this bundle." for name, there in given.items() if there)
         size = (plan.latent_shape[2] * self._sampling.downsampling, plan.latent_shape[3] * self._sampling.downsampling)
         shown = plan.control.arrays(self._pictures, size, plan.images, plan.images // request.num_images)
         rows = 2 if plan.classifier_free else 1

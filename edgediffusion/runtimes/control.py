@@ -2,7 +2,8 @@
 
 Such a graph takes what the denoiser takes, a picture in 0..1, ``controlnet_cond``, and ``conditioning_scale``; what it gives
 are inputs of the denoiser, tensors of one name being one array. Several of them (their inputs have a number, ``_1`` and so
-on) are added up. One whose scale is 0 at a call does not run. Arguments are named, and mean, as in diffusers.
+on) are added up. One whose scale is 0 at a call does not run. In guess mode the unconditional rows are not led, and what goes to a
+shallower skip counts less: from a tenth at the first one to the whole in the middle. Arguments are named, and mean, as in diffusers.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Control:
     scale: float | Sequence[float]
     start: float | Sequence[float]
     end: float | Sequence[float]
+    guess: bool = False
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -104,8 +106,8 @@ class Control:
         return found
 
 
-def with_scales(network: Network, leads: Sequence[Lead], points: Points) -> Network:
-    """A network whose calls know the scales of their ControlNets.
+def with_scales(network: Network, leads: Sequence[Lead], points: Points, *, unled: int | None = None) -> Network:
+    """A network whose calls know the scales of their ControlNets, and in guess mode how many of the first rows are ``unled``.
 
     A question that is no step of the walk has the number of another call: it is taken for the one whose time step is nearest.
     """
@@ -116,7 +118,7 @@ def with_scales(network: Network, leads: Sequence[Lead], points: Points) -> Netw
     def ask(call: Call) -> np.ndarray:
         own = call.number < len(timesteps) and timesteps[call.number] == call.timestep
         number = call.number if own else int(np.abs(timesteps - call.timestep).argmin())
-        return network(replace(call, scales=tuple(lead.at(number, len(timesteps)) for lead in leads)))
+        return network(replace(call, scales=tuple(lead.at(number, len(timesteps)) for lead in leads), unled=unled))
 
     return ask
 
@@ -133,6 +135,8 @@ class Controls:
         for component, binding in bound:
             self._of.setdefault(component.cut, []).append(binding)
         self._scales: tuple[float, ...] = ()
+        self._unled: int | None = None
+        self._parts = _parts(self.gives)
         self._fresh = False
 
     @property
@@ -142,7 +146,7 @@ class Controls:
 
     def feed(self, call: Call) -> None:
         """A new call: nothing of the last one's residuals holds."""
-        self._scales, self._fresh = call.scales, False
+        self._scales, self._unled, self._fresh = call.scales, call.unled, False
 
     def lead(self, cut: str | None) -> None:
         """Fill the arrays that the graph of a cut takes, or the whole one's, unless the whole's are filled already."""
@@ -150,9 +154,12 @@ class Controls:
         if self._fresh or not bindings:
             return
         self._fresh = bindings is self._of[None]
+        given = bindings[0].outputs  # the arrays of all of them
         running = [(binding, scale) for binding, scale in zip(bindings, self._scales, strict=True) if scale]
+        if self._unled is not None and all(self._unled >= len(array) for array in given.values()):
+            running = []
         if not running:
-            for array in bindings[0].outputs.values():
+            for array in given.values():
                 array[...] = 0
         total: Mapping[str, np.ndarray] = {}
         for number, (binding, scale) in enumerate(running):
@@ -162,12 +169,22 @@ class Controls:
                 binding.outputs[name][...] += array
             if number + 1 < len(running):  # the next one writes there
                 total = {name: array.copy() for name, array in binding.outputs.items()}
+        if self._unled is not None:
+            for name, array in given.items():
+                array *= self._parts[name]
+                array[: self._unled] = 0
 
 
 def components(bundle: Bundle, denoisers: Sequence[Component]) -> tuple[Component, ...]:
     """The ControlNets' graphs that denoising graphs need: the whole ones, and those of their cuts."""
     cuts = {component.cut for component in denoisers if component.cut is not None}
     return (*bundle.with_role(CONTROL), *(c for c in bundle.with_role(SHALLOW_CONTROL) if c.cut in cuts))
+
+
+def _parts(names: Sequence[str]) -> dict[str, float]:
+    """How much of each residual counts in guess mode, as in diffusers' ControlNetModel; those without a number go to the middle."""
+    deeper = sorted(names, key=lambda name: (not name[-1].isdigit(), len(name), name))
+    return dict(zip(deeper, np.logspace(-1, 0, len(deeper)).tolist(), strict=True))
 
 
 def _each(name: str, given: float | Sequence[float], count: int) -> list[float]:

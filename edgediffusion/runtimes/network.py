@@ -32,7 +32,7 @@ class Call:
     ``sample`` is float32 [images, ...]; ``conditions`` have [rows, ...] each, where rows are a multiple of images. ``timesteps``
     [images] are given where each image is at one of its own, and ``timestep`` is then that of the first.
     ``observe`` is given what the graphs are fed when the whole network runs for this call; it has to copy what it keeps.
-    ``scales`` are those of the ControlNets at this call.
+    ``scales`` are those of the ControlNets at this call; in their guess mode, ``unled`` of the first rows are not led.
     """
 
     number: int
@@ -42,6 +42,7 @@ class Call:
     observe: Callable[[Inputs], None] | None = None
     scales: tuple[float, ...] = ()
     timesteps: np.ndarray | None = None
+    unled: int | None = None
 
 
 Network = Callable[[Call], np.ndarray]  # -> [rows, ...], the prediction, to be read before the next call

@@ -43,7 +43,7 @@ _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 _OF_PICTURES = {
     *("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "prompt_weights", "class_labels"),
     *("image", "mask_image", "strength", "denoising_start", "denoising_end", "height", "width", "num_images", "latents", "tile"),
-    "control_image",
+    *("control_image", "guess_mode"),
 }
 
 

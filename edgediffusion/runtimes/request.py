@@ -70,6 +70,7 @@ class Options(TypedDict, total=False):
     controlnet_conditioning_scale: float | Sequence[float]
     control_guidance_start: float | Sequence[float]
     control_guidance_end: float | Sequence[float]
+    guess_mode: bool
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Request:
     controlnet_conditioning_scale: float | Sequence[float] = 1.0
     control_guidance_start: float | Sequence[float] = 0.0
     control_guidance_end: float | Sequence[float] = 1.0
+    guess_mode: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,11 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     part = handover.share(request, sampling)
     painted = painting(request.image, request.mask_image, request.strength) if part.start is None else None
     control = Control(
-        request.control_image, request.controlnet_conditioning_scale, request.control_guidance_start, request.control_guidance_end
+        request.control_image,
+        request.controlnet_conditioning_scale,
+        request.control_guidance_start,
+        request.control_guidance_end,
+        request.guess_mode,
     )
     shown = painted.size if painted is not None else handover.size(request, sampling) or control.size
     height, width = subject.size(request, sampling, shown)

@@ -45,8 +45,15 @@ class Rows:
         shapes["sample"] = (called, channels, *plan.latent_shape[2:])
         ask = partial(self.graphs.network, plan.cache or self.policy, shapes, len(plan.points))
 
+        leads = plan.control.leads(self.controls)
+
+        def led(network: Network, unled: int) -> Network:
+            return with_scales(network, leads, plan.points, unled=unled if plan.control.guess else None)
+
         def network(aside: str) -> Network:
-            asked = in_halves(ask(aside=f"{aside} unconditional"), ask(aside=aside)) if apart else ask(aside=aside)
-            return with_channels(with_scales(asked, plan.control.leads(self.controls), plan.points), beside)
+            if apart:
+                halves = in_halves(led(ask(aside=f"{aside} unconditional"), plan.images), led(ask(aside=aside), 0))
+                return with_channels(halves, beside)
+            return with_channels(led(ask(aside=aside), plan.images if rows == 2 else 0), beside)
 
         return Denoiser(network(""), partial(network, "aside"), self.prediction, plan.points, conditions)

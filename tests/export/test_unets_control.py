@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from edgediffusion.bundle import SHALLOW_CONTROL, Bundle
@@ -50,6 +52,23 @@ def test_graphs_are_torchs_and_pictures_diffusers(several: tuple[Bundle, Path]) 
     assert {error.component for error in report.components} == {c.name for c in bundle.components}
 
 
+def test_guess_mode_draws_what_diffusers_draws(several: tuple[Bundle, Path], led: dict[str, object]) -> None:
+    """With guidance and without, its rows together, apart, and through a cache that reuses nothing."""
+    bundle, source = several
+    theirs = diffusers.StableDiffusionControlNetPipeline.from_pretrained(source, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    pipeline = _pipeline(bundle)
+    for scale in (3.0, 1.0):
+        asked = {"num_inference_steps": 6, "guidance_scale": scale, "guess_mode": True, "controlnet_conditioning_scale": [0.9, 0.4]}
+        generator = torch.Generator().manual_seed(3)
+        other = theirs("", image=led["control_image"], output_type="np", generator=generator, **asked).images
+        for how in ({}, {"guidance_batch": "separate"}, {"cache": "deepcache:interval=1"}):
+            found = pipeline("", **{**led, **asked, **how}).pixels
+            assert np.abs(found - other).max() < 2 / 255, how
+        usual = pipeline("", **{**led, **asked, "guess_mode": False}).pixels
+        assert np.abs(usual - other).max() > 5 / 255
+
+
 def test_a_shallow_graph_takes_the_residuals_of_its_own_skips(several: tuple[Bundle, Path]) -> None:
     bundle, _ = several
     taken = [[s.name for s in bundle.with_cut(cut)["denoise.shallow"].inputs if "residual" in s.name] for cut in CUTS]
@@ -66,8 +85,10 @@ def test_a_cache_with_parts_of_controlnets_draws_what_whole_ones_draw(several: t
     pipeline, whole = (_pipeline(b) for b in (bundle, without))
     uncached = pipeline("a shirt", **led).latents
     assert pipeline("a shirt", **led, cache="deepcache:interval=1").latents.tobytes() == uncached.tobytes()
-    cached = pipeline("a shirt", **led, cache="deepcache:interval=3")
-    np.testing.assert_allclose(cached.latents, whole("a shirt", **led, cache="deepcache:interval=3").latents, rtol=0, atol=1e-5)
+    for guess in (True, False):
+        cached = pipeline("a shirt", **led, guess_mode=guess, cache="deepcache:interval=3")
+        other = whole("a shirt", **led, guess_mode=guess, cache="deepcache:interval=3")
+        np.testing.assert_allclose(cached.latents, other.latents, rtol=0, atol=1e-5)
     assert np.abs(cached.latents - uncached).max() > 1e-4
 
 

@@ -13,7 +13,7 @@ import pytest
 from edgediffusion.bundle import Component, TensorSpec
 from edgediffusion.errors import ArgumentError
 from edgediffusion.runtimes import Pipeline
-from edgediffusion.runtimes.control import Control, Lead
+from edgediffusion.runtimes.control import Control, Lead, _parts
 
 from .test_pipeline import PROMPT
 from .tiny import DECODE, DENOISE, ENCODE, LATENT, FakeSession, Function, with_input, write_bundle
@@ -185,3 +185,24 @@ def test_a_stream_is_refused(tmp_path: Path) -> None:
 def test_no_picture_has_no_size() -> None:
     assert Control(None, 1.0, 0.0, 1.0).size is None
     assert Control([[PICTURE], [PICTURE]], 1.0, 0.0, 1.0).size == (16, 16)
+
+
+def test_guess_mode_leads_the_conditional_rows_alone(tmp_path: Path) -> None:
+    """The fake has one residual, which goes to the middle; a single number of ``logspace(-1, 0)`` is its first one, a tenth."""
+    led = Led(tmp_path / "bundle", count=2)
+    pictures: Any = [PICTURE, PICTURE]
+    led.pipe(PROMPT, control_image=pictures, num_inference_steps=1, guess_mode=True)
+    np.testing.assert_allclose(led.unet.calls[0][RESIDUAL.name].mean(axis=(1, 2, 3)), [0, 0.3], rtol=1e-6)
+    led.unet.calls.clear()
+    for session in led.controls:
+        session.calls.clear()
+    led.pipe(PROMPT, control_image=pictures, num_inference_steps=1, guess_mode=True, guidance_batch="separate")
+    np.testing.assert_allclose(led.fed, [0, 0.3], rtol=1e-6)
+    assert [len(session.calls) for session in led.controls] == [1, 1]  # not for the row that they do not lead
+
+
+def test_what_counts_how_much_in_guess_mode() -> None:
+    names = ["mid_block_additional_residual", *(f"down_block_additional_residual_{k}" for k in range(12))]
+    parts = _parts(names)
+    wanted = [0.1, *(10 ** (k / 12 - 1) for k in range(1, 12)), 1.0]
+    np.testing.assert_allclose([parts[name] for name in (*names[1:], names[0])], wanted)
