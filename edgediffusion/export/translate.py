@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -18,8 +18,12 @@ _NOTHING_IN_INFERENCE = {
     _ATEN.contiguous.default,
     _ATEN.detach.default,
     _ATEN.detach_.default,
-    _ATEN.dropout.default,
     _ATEN.lift_fresh_copy.default,
+}
+_SYNONYMS = {
+    _ATEN.__and__.Tensor: _ATEN.bitwise_and.Tensor,
+    _ATEN.max.other: _ATEN.maximum.default,
+    _ATEN.min.other: _ATEN.minimum.default,
 }
 _CASTS = {_ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.to.device, _ATEN.to.other, _ATEN.type_as.default}
 _RESHAPES = {_ATEN.flatten.using_ints, _ATEN.unflatten.int}
@@ -29,8 +33,8 @@ def translate(exported: ExportedProgram, opset: int) -> ONNXProgram:
     """The program in ONNX; ``exported`` is changed.
 
     torch.onnx.export begins with ``run_decompositions``, which traces the whole network again: a third of an export's time and
-    more. It replaces operations that have no translation, of which diffusion networks have none, and does away with what
-    writes in place and what does nothing, which is done here node by node. Where that is not enough, it is run after all.
+    more. It replaces operations that have no translation and does away with what writes in place and what does nothing. Of these
+    diffusion networks have few, which are replaced here node by node. Where that is not enough, it is run after all.
     """
     if _ready(exported.graph_module):
         decompose = exported.run_decompositions
@@ -59,16 +63,16 @@ def _ready(module: torch.fx.GraphModule) -> bool:
         if node.op != "call_function" or isinstance(node.target, BuiltinFunctionType):  # the latter calculate with sizes
             continue
         if node.target is _ATEN.sym_size.int and sizes[value.node.expr] is not node:
-            node.replace_all_uses_with(sizes[value.node.expr])
-            module.graph.erase_node(node)
+            _replace(node, sizes[value.node.expr])
         elif _does_nothing(node) and not any(user.op == "output" for user in node.users):  # the signature names the outputs
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
+            _replace(node, node.args[0])
         elif node.target in _RESHAPES:
             _as_reshape(node, sizes)
-        elif node.target is _ATEN.split_with_sizes.default and not all(isinstance(size, int) for size in node.args[1]):
-            _as_slices(node)
-        elif getattr(getattr(node.target, "_schema", None), "is_mutable", True):
+        elif node.target in _SYNONYMS:
+            node.target = _SYNONYMS[node.target]
+        elif node.target in _REWRITTEN:
+            _REWRITTEN[node.target](node)
+        elif getattr(getattr(node.target, "_schema", None), "is_mutable", True) and not _out_of_place(node):
             return False
     for node in module.graph.find_nodes(op="call_function", target=_ATEN.sym_size.int):
         if not node.users:
@@ -92,6 +96,8 @@ def _sizes_of_inputs(graph: torch.fx.Graph) -> dict[Any, torch.fx.Node]:
 def _does_nothing(node: Any) -> bool:
     if node.target in _CASTS:
         return bool(node.meta["val"].dtype == node.args[0].meta["val"].dtype)
+    if node.target is _ATEN.dropout.default:
+        return not node.args[2]  # some networks mean it, and drop out always
     return node.target in _NOTHING_IN_INFERENCE
 
 
@@ -99,20 +105,79 @@ def _as_reshape(node: Any, sizes: Mapping[Any, torch.fx.Node]) -> None:
     """Give it the sizes of its result; where two of them are nowhere in the graph before it, it stays what it is."""
     shape = [size if isinstance(size, int) else sizes.get(size.node.expr, -1) for size in node.meta["val"].shape]
     if shape.count(-1) <= 1:
-        node.target, node.args, node.kwargs = _ATEN.reshape.default, (node.args[0], shape), {}
+        _become(node, _ATEN.reshape.default, node.args[0], shape)
+
+
+def _out_of_place(node: Any) -> bool:
+    """Make ``add_`` an ``add`` where nobody sees the difference: what it writes to is new, and read by nothing else."""
+    name, _, overload = str(node.target).removeprefix("aten.").partition(".")
+    written = node.args[0] if node.args else None
+    if not name.endswith("_") or not hasattr(_ATEN, name[:-1]):
+        return False
+    if written is None or written.op != "call_function" or len(written.users) > 1:
+        return False
+    if any(found.alias_info is not None for found in written.target._schema.returns):  # a view of something
+        return False
+    node.target = getattr(getattr(_ATEN, name[:-1]), overload)
+    return True
+
+
+def _as_copy(node: Any) -> None:
+    _become(node, _ATEN._to_copy.default, node.args[0], dtype=node.meta["val"].dtype)
+
+
+def _as_permute(node: Any) -> None:
+    tensor, taken, put = node.args
+    order = list(range(node.meta["val"].dim()))
+    order.insert(put % len(order), order.pop(taken))
+    _become(node, _ATEN.permute.default, tensor, order)
+
+
+def _as_sum(node: Any) -> None:
+    """``rsub``, other - alpha x, as -alpha x + other."""
+    tensor, other, alpha = (*node.args, 1)[:3]
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(_ATEN.mul.Tensor, (tensor, -alpha))
+    product.meta["val"] = node.meta["val"]
+    _become(node, _ATEN.add.Tensor, product, other)
 
 
 def _as_slices(node: Any) -> None:
     """Parts of free sizes, cut out one by one: they would be an ONNX sequence, which TensorRT does not read."""
     tensor, sizes, axis = (*node.args, 0)[:3]
-    graph, ends = node.graph, [0]
+    if all(isinstance(size, int) for size in sizes):
+        return
+    graph = node.graph
+    ends: list[Any] = [0]
     with graph.inserting_before(node):
         for size in sizes[:-1]:
-            ends.append(graph.call_function(operator.add, (ends[-1], size)) if ends[-1] else size)
+            ends.append(_sum_of(graph, ends[-1], size) if ends[-1] else size)
         for part in list(node.users):
             start, end = (*ends, sys.maxsize)[part.args[1] : part.args[1] + 2]
             found = graph.call_function(_ATEN.slice.Tensor, (tensor, axis, start, end))
             found.meta["val"] = part.meta["val"]
-            part.replace_all_uses_with(found)
-            graph.erase_node(part)
+            _replace(part, found)
     graph.erase_node(node)
+
+
+def _sum_of(graph: torch.fx.Graph, *sizes: Any) -> torch.fx.Node:
+    found = graph.call_function(operator.add, sizes)
+    found.meta["val"] = sum(size.meta["val"] if isinstance(size, torch.fx.Node) else size for size in sizes)
+    return found
+
+
+def _become(node: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+    node.target, node.args, node.kwargs = target, args, kwargs
+
+
+def _replace(node: Any, by: Any) -> None:
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+_REWRITTEN: Mapping[Any, Callable[[Any], None]] = {
+    **dict.fromkeys(_CASTS, _as_copy),
+    _ATEN.movedim.int: _as_permute,
+    _ATEN.rsub.Scalar: _as_sum,
+    _ATEN.split_with_sizes.default: _as_slices,
+}

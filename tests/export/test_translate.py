@@ -36,10 +36,25 @@ def parts_of_free_sizes(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([third, first * 2, second + 1], dim=1)
 
 
+def rewritten(x: torch.Tensor) -> torch.Tensor:
+    signs = ((x > 0).__and__(x < 0.5)).to(torch.float64).movedim(-1, 1)
+    return 3 - torch.max(torch.rsub(signs.to(x), 1.5, alpha=2).movedim(1, 2), torch.min(x, x * 2))
+
+
+def in_place_unseen(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y += x
+    return y.contiguous()
+
+
 def in_place(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
-    y.add_(1)
+    y[:, 1:].mul_(3)
     return y.contiguous()
+
+
+def drops_out_always(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.dropout(x, 1e-9, training=True)
 
 
 def without_translation(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +66,7 @@ def with_a_graph_within(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous() @ x.transpose(1, 2)
 
 
-NETWORKS = [idle, last_is_idle, heads, parts_of_free_sizes, in_place, without_translation, with_a_graph_within]
+NETWORKS = [idle, last_is_idle, heads, parts_of_free_sizes, rewritten, in_place_unseen, in_place, without_translation, with_a_graph_within]
 
 
 class Network(torch.nn.Module):
@@ -88,15 +103,16 @@ def test_no_larger_graph_without_a_second_trace(call: Callable[[torch.Tensor], t
 def test_no_sequences() -> None:
     """torch's own translation of a split into parts of free sizes makes one, which TensorRT does not read."""
     operators = [node.op_type for node in translate(export(parts_of_free_sizes), 23).model.graph]
-    assert "Slice" in operators and not any("Sequence" in operator for operator in operators)
+    assert "Slice" in operators
+    assert not any("Sequence" in operator for operator in operators)
 
 
-@pytest.mark.parametrize(
-    ("call", "traced"), [(idle, 0), (heads, 0), (in_place, 1), (without_translation, 1), (with_a_graph_within, 1)], ids=str
-)
-def test_decompositions_run_where_they_are_needed(
-    call: Callable[[torch.Tensor], torch.Tensor], traced: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropping_out_on_purpose_stays() -> None:
+    assert any(node.op_type == "Dropout" for node in translate(export(drops_out_always), 23).model.graph)
+
+
+@pytest.mark.parametrize("call", NETWORKS, ids=lambda call: call.__name__)
+def test_decompositions_run_where_they_are_needed(call: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     decompose = torch.export.ExportedProgram.run_decompositions
 
@@ -106,4 +122,4 @@ def test_decompositions_run_where_they_are_needed(
 
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
     translate(export(call), 23)
-    assert len(runs) == traced
+    assert len(runs) == (call in (in_place, without_translation, with_a_graph_within))
