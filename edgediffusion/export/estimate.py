@@ -15,9 +15,9 @@ from pathlib import Path
 from edgediffusion.errors import OutputError
 from edgediffusion.text import size
 
-_PART_S, _WEIGHT_S = 1.0, 0.05
-_HASHED_BYTES_S, _CONVERTED_BYTES_S, _COPIED_BYTES_S = 1.5e9, 0.4e9, 0.8e9
-_IMPORTED_BYTES, _WEIGHT_BYTES, _GRAPH_BYTES = 540e6, 0.28e6, 1800.0
+_PART_S, _WEIGHT_S = 1.0, 0.028
+_HASHED_BYTES_S, _CONVERTED_BYTES_S, _COPIED_BYTES_S = 0.9e9, 0.4e9, 0.8e9
+_IMPORTED_BYTES, _WEIGHT_BYTES, _GRAPH_BYTES = 560e6, 0.11e6, 1800.0
 
 
 @dataclass(frozen=True)

@@ -20,29 +20,48 @@ _NOTHING_IN_INFERENCE = {
     _ATEN.detach_.default,
     _ATEN.lift_fresh_copy.default,
 }
+_ASSERTIONS = {
+    _ATEN._assert_async.default,
+    _ATEN._assert_async.msg,
+    _ATEN._assert_scalar.default,
+    _ATEN._assert_tensor_metadata.default,
+    _ATEN.sym_constrain_range_for_size.default,
+}
 _SYNONYMS = {
     _ATEN.__and__.Tensor: _ATEN.bitwise_and.Tensor,
     _ATEN.max.other: _ATEN.maximum.default,
     _ATEN.min.other: _ATEN.minimum.default,
 }
 _CASTS = {_ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.to.device, _ATEN.to.other, _ATEN.type_as.default}
+_MIXED = {  # dtypes that do not meet
+    _ATEN._to_copy.default,
+    _ATEN.argmax.default,
+    _ATEN.embedding.default,
+    _ATEN.scaled_dot_product_attention.default,
+}
 _RESHAPES = {_ATEN.flatten.using_ints, _ATEN.unflatten.int}
 
 
 def translate(exported: ExportedProgram, opset: int) -> ONNXProgram:
     """The program in ONNX; ``exported`` is changed.
 
-    torch.onnx.export begins with ``run_decompositions``, which traces the whole network again: a third of an export's time and
-    more. It replaces operations that have no translation and does away with what writes in place and what does nothing. Of these
-    diffusion networks have few, which are replaced here node by node. Where that is not enough, it is run after all.
+    torch.onnx.export begins with ``run_decompositions``, which traces the whole network again, and goes through it once more to see
+    where dtypes are promoted: half of an export's time. The first replaces operations that have no translation and does away with
+    what writes in place and what does nothing. Of these diffusion networks have few, which are replaced here node by node. Dtypes are
+    looked at where they stand. Where that is not enough, both are run after all.
     """
-    if _ready(exported.graph_module):
+    module = exported.graph_module
+    if _ready(module):
         decompose = exported.run_decompositions
         exported.run_decompositions = lambda *_: exported
+        if not any(_promotes(node) for node in module.graph.nodes):
+            module.modules = lambda: iter(())  # it would go through each of these
         try:
             return _onnx(exported, opset)
         except OnnxExporterError:  # an operation that has no translation after all
             exported.run_decompositions = decompose
+        finally:
+            module.__dict__.pop("modules", None)
     return _onnx(exported, opset)
 
 
@@ -62,7 +81,9 @@ def _ready(module: torch.fx.GraphModule) -> bool:
             sizes.setdefault(value.node.expr, node)
         if node.op != "call_function" or isinstance(node.target, BuiltinFunctionType):  # the latter calculate with sizes
             continue
-        if node.target is _ATEN.sym_size.int and sizes[value.node.expr] is not node:
+        if node.target in _ASSERTIONS:
+            module.graph.erase_node(node)
+        elif node.target is _ATEN.sym_size.int and sizes[value.node.expr] is not node:
             _replace(node, sizes[value.node.expr])
         elif _does_nothing(node) and not any(user.op == "output" for user in node.users):  # the signature names the outputs
             _replace(node, node.args[0])
@@ -78,6 +99,17 @@ def _ready(module: torch.fx.GraphModule) -> bool:
         if not node.users:
             module.graph.erase_node(node)
     return True
+
+
+def _promotes(node: Any) -> bool:
+    """Whether torch calculates in another dtype than that of what the node takes, or takes several."""
+    if node.op != "call_function" or node.target in _MIXED:
+        return False
+    nodes = node.args[1:] if node.target is _ATEN.where.self else node.all_input_nodes
+    values = [found.meta.get("val") for found in (*nodes, node) if isinstance(found, torch.fx.Node)]
+    *taken, given = (value.dtype if isinstance(value, torch.Tensor) else None for value in values)
+    dtypes = {dtype for dtype in taken if dtype is not None}
+    return len(dtypes) > 1 or (bool(dtypes) and given not in (None, torch.bool, *dtypes))
 
 
 def _sizes_of_inputs(graph: torch.fx.Graph) -> dict[Any, torch.fx.Node]:
