@@ -53,7 +53,7 @@ PEERS = {
         ("export", "onnx", "--model", "SOURCE", "--task", "text-to-image", "OUTPUT"),
     ),
     "optimum-intel": (
-        ("torch==2.13.0", "optimum-intel[openvino]==2.2.0", "diffusers==0.35.2", "accelerate"),
+        ("torch==2.13.0", "optimum-intel[openvino]==2.2.0", "transformers==4.57.6", "diffusers==0.35.2", "accelerate"),
         ("export", "openvino", "--model", "SOURCE", "--task", "text-to-image", "OUTPUT"),
     ),
 }
@@ -181,7 +181,10 @@ def by_peer(row: str, folder: Path, environments: Path) -> dict[str, Any]:
     home = environments / row
     if not (home / "done").exists():
         venv.create(home, with_pip=True, clear=True)
-        subprocess.run([home / "bin" / "python", "-m", "pip", "install", "--quiet", *packages], check=True)
+        pip = [home / "bin" / "python", "-m", "pip", "--quiet"]
+        subprocess.run([*pip, "install", *packages], check=True)
+        # Neither needs it, and PyPI's is built for CUDA: beside a torch for processors its import fails, and theirs with it.
+        subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
         (home / "done").touch()
     output = folder / f"{row}.output"
     shutil.rmtree(output, ignore_errors=True)
