@@ -252,6 +252,7 @@ def plot() -> Any:
 def _family(label: str) -> str:
     """What stays the same along a curve: a label without the numbers that are varied."""
     name, _, options = label.partition(":")
+    options = options.replace("ahead=true", "ahead")
     kept = [part.split("=")[-1].strip() for part in options.split(",") if not part.strip().startswith(("interval=", "threshold="))]
     return " ".join(
         [name, *(part.replace("up_blocks.", "up ").replace(".resnets.", ".").replace("transformer_blocks.", "block ") for part in kept)]

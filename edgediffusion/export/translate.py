@@ -105,11 +105,23 @@ def _promotes(node: Any) -> bool:
     """Whether torch calculates in another dtype than that of what the node takes, or takes several."""
     if node.op != "call_function" or node.target in _MIXED:
         return False
+    if any(_is_size(given) for given in _where_tensors_go(node)):
+        return True
     nodes = node.args[1:] if node.target is _ATEN.where.self else node.all_input_nodes
     values = [found.meta.get("val") for found in (*nodes, node) if isinstance(found, torch.fx.Node)]
     *taken, given = (value.dtype if isinstance(value, torch.Tensor) else None for value in values)
     dtypes = {dtype for dtype in taken if dtype is not None}
     return len(dtypes) > 1 or (bool(dtypes) and given not in (None, torch.bool, *dtypes))
+
+
+def _is_size(given: Any) -> bool:
+    return isinstance(given, torch.fx.Node) and isinstance(given.meta.get("val"), torch.SymInt)
+
+
+def _where_tensors_go(node: Any) -> list[Any]:
+    """What is given for arguments that are tensors by the operation's schema: a size may be given as well."""
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    return [given for argument, given in zip(arguments, node.args, strict=False) if str(argument.type) == "Tensor"]
 
 
 def _sizes_of_inputs(graph: torch.fx.Graph) -> dict[Any, torch.fx.Node]:

@@ -58,6 +58,10 @@ def promoted(x: torch.Tensor) -> torch.Tensor:
     return x * rows[:, None] + torch.sin(rows)[:, None] / 3 + (x > 0)
 
 
+def divided_by_a_size(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.float32) / (x.shape[1] // 2) + x
+
+
 def one_dtype(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, x * 2 + 1, 2**-x) / 3 - 1
 
@@ -75,7 +79,7 @@ def with_a_graph_within(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous() @ x.transpose(1, 2)
 
 
-TRANSLATED = [idle, last_is_idle, heads, parts_of_free_sizes, rewritten, promoted, one_dtype, in_place_unseen]
+TRANSLATED = [idle, last_is_idle, heads, parts_of_free_sizes, rewritten, promoted, divided_by_a_size, one_dtype, in_place_unseen]
 NETWORKS = [*TRANSLATED, in_place, without_translation, with_a_graph_within]
 
 
