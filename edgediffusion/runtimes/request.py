@@ -195,13 +195,7 @@ def plan(request: Request, sampling: Sampling) -> Plan:
     steps, spacing = _steps(request, sampling)
     part = handover.share(request, sampling)
     painted = painting(request.image, request.mask_image, request.strength) if part.start is None else None
-    control = Control(
-        request.control_image,
-        request.controlnet_conditioning_scale,
-        request.control_guidance_start,
-        request.control_guidance_end,
-        request.guess_mode,
-    )
+    control = _control(request)
     shown = painted.size if painted is not None else handover.size(request, sampling) or control.size
     height, width = subject.size(request, sampling, shown)
     own = at_size(sampling.schedule, height, width)
@@ -244,6 +238,16 @@ def plan(request: Request, sampling: Sampling) -> Plan:
             *no_effect.repainted(request, painted, (height, width)),
             *without_effect(request, sampling),
         ),
+    )
+
+
+def _control(request: Request) -> Control:
+    return Control(
+        request.control_image,
+        request.controlnet_conditioning_scale,
+        request.control_guidance_start,
+        request.control_guidance_end,
+        request.guess_mode,
     )
 
 
