@@ -1,15 +1,18 @@
 """Stable Diffusion 3 (Esser et al. 2024, 2403.03206): a transformer on latents, trained by flow matching.
 
 Two CLIP encoders, and T5 where the pipeline has it. What diffusers does between encoders and transformer, joining
-their states, is nodes of the ``denoise`` graph, so that each encoder's output is a condition as it comes.
+their states, is nodes of the ``denoise`` graph, so that each encoder's output is a condition as it comes. Without T5 its states are
+zeros: one token stands for all of them (``joint_attention``).
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from edgediffusion.bundle import Sampling
-from edgediffusion.export import autoencoder, block_cuts, latent_transformer, text_encoders
+from edgediffusion.export import autoencoder, block_cuts, joint_attention, latent_transformer, text_encoders
 from edgediffusion.export.families import BATCH, Axis, Part, Tensor, check_components
 from edgediffusion.export.source import Source
 
@@ -21,9 +24,11 @@ _USED = {"transformer", "vae", "scheduler", *(f"{k}{s}" for k in ("text_encoder"
 
 
 class Denoiser(torch.nn.Module):
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: torch.nn.Module, *, reads_t5: bool):
         super().__init__()
         self.network = network
+        if not reads_t5:
+            joint_attention.repeat_last(network, T5_TOKENS)
 
     def forward(
         self,
@@ -39,7 +44,7 @@ class Denoiser(torch.nn.Module):
         width: int = self.network.config.joint_attention_dim  # type: ignore[union-attr, assignment]
         clip = torch.cat([clip_hidden_states, clip_hidden_states_2], dim=-1)
         clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
-        t5 = clip.new_zeros(clip.shape[0], T5_TOKENS, width) if t5_hidden_states is None else t5_hidden_states
+        t5 = clip.new_zeros(clip.shape[0], 1, width) if t5_hidden_states is None else t5_hidden_states
         found = self.network(
             hidden_states=sample,
             timestep=timestep.expand(sample.shape[0]),
@@ -73,7 +78,7 @@ def _transformer(source: Source, texts: list[Part]) -> Part:
         name="transformer",
         role="denoise",
         network="transformer",
-        wrap=Denoiser,
+        wrap=partial(Denoiser, reads_t5=bool(others)),
         inputs=(
             Tensor("sample", (BATCH, config["in_channels"], rows, columns)),
             Tensor("timestep", (1,), "float32"),
