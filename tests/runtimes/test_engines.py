@@ -18,6 +18,7 @@ from onnx import helper
 from edgediffusion.bundle import Component, TensorSpec
 from edgediffusion.errors import EngineError, MissingExtra
 from edgediffusion.registry import find, names
+from edgediffusion.runtimes.engines import _onnxruntime
 
 from .tiny import DECODE, DENOISE, _random, write_decoder, write_denoiser, write_onnx
 
@@ -258,3 +259,9 @@ class TestOnnxRuntime:
             return min(times)
 
         assert fastest_s(built) < fastest_s(tmp_path / "model.onnx")  # some ten times in a quiet hour
+
+
+def test_threads_of_onnxruntime_stop_when_a_call_is_over() -> None:
+    """Else they take cores from the graph that runs next (benchmarks/turns.py)."""
+    options = _onnxruntime.session_options(None, optimize=True)
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"

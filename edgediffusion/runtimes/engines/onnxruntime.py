@@ -63,8 +63,8 @@ def time_nodes(
 ) -> list[tuple[NodeTime, ...]]:
     """For each ONNX file its nodes, in the order in which they ran, with the times of ``runs`` runs: ONNX Runtime's own profile.
 
-    The graphs take turns, a few runs each, so that what disturbs one disturbs all. The first run of a turn is not counted: the
-    worker threads of the graph before still spin. Names are those of the graph as ONNX Runtime optimized it.
+    The graphs take turns, a few runs each, so that what disturbs one disturbs all. The first run of a turn is not counted:
+    its threads sleep and the caches hold another graph. Names are those of the graph as ONNX Runtime optimized it.
 
     Raises:
         EngineError: a file cannot be loaded or run with ``feeds``.
