@@ -87,7 +87,8 @@ def _work(way: str, bundle: str, steps: int, cache: str | None) -> None:
 
     def options(threads: int | None, *, optimize: bool) -> Any:
         found = ours(threads, optimize=optimize)
-        found.add_session_config_entry("session.force_spinning_stop", "0" if way == "spin" else "1")
+        if way == "spin":
+            found.add_session_config_entry("session.force_spinning_stop", "0")
         return found
 
     with mock.patch("edgediffusion.runtimes.engines.onnxruntime.session_options", options):
