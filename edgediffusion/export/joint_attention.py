@@ -25,7 +25,7 @@ class RepeatedLast:
 
         def heads(x: torch.Tensor, norm: Any = None) -> torch.Tensor:
             x = x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
-            return x if norm is None else norm(x)  # type: ignore[no-any-return]
+            return x if norm is None else norm(x)
 
         x, text = hidden_states, encoder_hidden_states
         q = torch.cat([heads(attn.to_q(x), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2)
