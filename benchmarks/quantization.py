@@ -63,7 +63,7 @@ def main() -> None:
     kinds.add_argument("--papers", dest="kind", action="store_const", const="papers")
     kinds.add_argument("--formats", dest="kind", action="store_const", const="formats")
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="leave out the methods that learn: on the transformer they take an hour each")
+    parser.add_argument("--quick", action="store_true", help="leave out the methods that learn, which take minutes each")
     arguments = parser.parse_args()
     cases = {"methods": _methods, "strategies": _strategies, "papers": _papers, "formats": _formats}[kind := arguments.kind or "methods"]()
     every = cases
