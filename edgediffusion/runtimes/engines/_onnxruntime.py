@@ -39,7 +39,7 @@ def session_options(threads: int | None, *, optimize: bool) -> Any:
     options.intra_op_num_threads = threads or _default_threads()
     options.log_severity_level = _ERRORS_ONLY
     # Every session has threads of its own. After a call they go on waiting for work by spinning, on the cores that the next graph's threads
-    # need: with caches, where graphs take turns, a loop took up to half as long again.
+    # need: with caches, where graphs take turns, a loop took up to two thirds as long again.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
