@@ -19,9 +19,9 @@ _PACKAGES = ("edgediffusion", "numpy", "onnxruntime", "torch", "diffusers", "nvi
 
 
 def save(name: str, results: dict[str, Any]) -> None:
-    """Write ``results/<name>.json`` with the command, the machine, the versions and the date."""
+    """Write ``results/<name>.json`` with the command, its folders of this machine left out, the machine, the versions and the date."""
     made_by = {
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(map(_shared, sys.argv[1:]))}".strip(),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "python": platform.python_version(),
@@ -29,6 +29,12 @@ def save(name: str, results: dict[str, Any]) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**results, "made_by": made_by}, indent=1) + "\n", encoding="utf-8")
+
+
+def _shared(argument: str) -> str:
+    """``FOLDER`` and ``NAME=FOLDER`` for a path that only this machine has."""
+    name, equals, value = argument.rpartition("=")
+    return f"{name}{equals}FOLDER" if Path(value).is_absolute() else argument
 
 
 def _version(package: str) -> str | None:

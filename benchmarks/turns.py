@@ -42,7 +42,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs=2)
     fashion, transformer = parser.parse_args().bundles
-    sys.argv[1:] = ["CUT-FASHION", "CUT-FASHION-DIT"]  # what is kept with the figures names no folder of this machine
     rows = []
     for name, steps, cache in CASES:
         seconds = _in_turn({"fashion": fashion, "fashion-dit": transformer}[name], steps, cache)
