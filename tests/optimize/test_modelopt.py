@@ -11,6 +11,7 @@ import torch
 
 from edgediffusion import registry
 from edgediffusion.errors import ArgumentError, MissingExtra
+from edgediffusion.export.named import Named
 from edgediffusion.optimize import modelopt
 from edgediffusion.optimize.measure import check_graph_recipe, measure
 from edgediffusion.optimize.modelopt_formats import choose_formats
@@ -110,6 +111,19 @@ def test_what_a_state_of_its_factors_computes(items, name):
         with simulated(network, states, dict.fromkeys(states, (8, 8))):
             found = network(**feed)
     assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("changes", [*({"balance": name} for name in METHODS), {"ranges": "modelopt-max"}], ids=str)
+def test_a_network_that_export_wraps_gives_the_same(items, changes):
+    """ModelOpt gets a copy of it, whose layers must be those that its call reaches."""
+    wrapped = Named(Network(), ["sample"], lambda network, feeds: network(feeds["sample"]))
+    recipe = Recipe("r", "int8", "int8", rank=3, **changes)
+    found, expected = measure(wrapped, items, recipe, prefix="network."), measure(Network(), items, recipe)
+    assert found.keys() == expected.keys()
+    for name, layer in found.items():
+        np.testing.assert_array_equal(layer.factors, expected[name].factors)
+        np.testing.assert_array_equal(layer.weight_amax, expected[name].weight_amax)
+        assert layer.input_clip == expected[name].input_clip
 
 
 def test_awq_of_weights_alone_sees_the_groups_that_have_scales(items):
