@@ -41,8 +41,10 @@ from edgediffusion.export.source import Source
 from edgediffusion.files import new_folder
 from edgediffusion.optimize import quantize
 from edgediffusion.optimize.calibrate import state_of
+from edgediffusion.optimize.fold import fold
 from edgediffusion.optimize.items import Drawing, Drawn, draw_items
 from edgediffusion.optimize.recipe import load_placement, load_recipe
+from edgediffusion.optimize.sensitivity import sensitivity
 from edgediffusion.profiles import judges
 from edgediffusion.profiles.latency import _time_in_turn
 from edgediffusion.profiles.quality import Reference
@@ -56,8 +58,8 @@ FLOAT = ("float32", "onnxruntime")
 
 @dataclass(frozen=True)
 class Variant:
-    """A quantized denoiser: ``maker`` is a tool of _peers.py, one of our recipes on a placement (``recipe@placement``), or for the
-    engine ``torch`` a setting of _peers_torch.py."""
+    """A quantized denoiser: ``maker`` is a tool of _peers.py, one of our recipes on a placement (``recipe@placement``, with what else
+    is done to it: ``recipe+sensitivity+fold@placement``), or for the engine ``torch`` a setting of _peers_torch.py."""
 
     tool: str
     maker: str
@@ -73,6 +75,8 @@ VARIANTS = (
     Variant("float32", "", "openvino bf16"),
     Variant("float32", "", "openvino f32"),
     Variant("edgediffusion int8", "int8@onnxruntime-cpu", "onnxruntime"),
+    Variant("edgediffusion int8, fold", "int8+fold@onnxruntime-cpu", "onnxruntime"),
+    Variant("edgediffusion int8, sensitivity, fold", "int8+sensitivity+fold@onnxruntime-cpu", "onnxruntime"),
     Variant("edgediffusion int8", "int8@openvino", "openvino bf16"),
     Variant("edgediffusion int8", "int8@openvino", "openvino f32"),
     Variant("onnxruntime static, MinMax", "onnxruntime-minmax", "onnxruntime"),
@@ -256,13 +260,19 @@ class _Bench:
             return draw_items(self.bundle, self.judge.prompts, drawing, keep=self.work / "items", progress=progress)
 
     def _ours(self, maker: str, folder: Path) -> None:
-        recipe, placement = maker.split("@")
-        state = self.work / f"state-{recipe}"
-        with Progress() as progress:
+        (recipe, *more), placement = maker.split("@")[0].split("+"), load_placement(maker.split("@")[1])
+        state, source = self.work / f"state-{recipe}", REFERENCE / self.model
+        with tempfile.TemporaryDirectory(dir=self.work) as temporary, Progress() as progress:
             if not state.exists():
-                origin = Source.open(REFERENCE / self.model)
-                state_of(self.bundle, origin, self._items, RECIPES.get(recipe) or load_recipe(recipe), progress=progress).save(state)
-            quantize(self.bundle, state, folder, placement=load_placement(placement), progress=progress)
+                known = RECIPES.get(recipe) or load_recipe(recipe)
+                state_of(self.bundle, Source.open(source), self._items, known, progress=progress).save(state)
+            report = Path(temporary) / "sensitivity.json" if "sensitivity" in more else None
+            if report:
+                sensitivity(self.bundle, state, report, source=source, progress=progress)
+            output = Path(temporary) / "unfolded" if "fold" in more else folder
+            bundle = quantize(self.bundle, state, output, placement=placement, sensitivity=report, progress=progress)
+            if "fold" in more:
+                fold(bundle, folder, steps=STEPS, progress=progress)
 
     def _theirs(self, variant: Variant, output: Path) -> str:
         items, plain = self._items.items, self._float

@@ -85,8 +85,8 @@ def _modelopt() -> Sequence[Case]:
     cases += [("W4A8", b, _recipe("W4A8", balance=b)) for b in ("none", "search", "modelopt-awq")]
     for balance in ("search", "modelopt-svdquant"):
         cases.append(("W4A8", f"{balance}, rank 32", _recipe("W4A8", balance=balance, rank=32)))
-    for bits in (5.0, 6.0, 7.0):
-        cases.append(("W4A8", f"search, {bits:g} bits chosen by modelopt", _recipe("W4A8", effective_bits=bits)))
+    for form, bits in (("W8A8", 9.0), ("W8A8", 9.5), ("W8A8", 10.5), ("W4A8", 5.0), ("W4A8", 6.0), ("W4A8", 7.0)):
+        cases.append((form, f"search, {bits:g} bits chosen by modelopt", _recipe(form, effective_bits=bits)))
     return cases
 
 
