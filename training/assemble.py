@@ -1,4 +1,4 @@
-"""Make the diffusers folders that ship: ``edgediffusion/reference/<name>``, of the trained moving averages, in float16.
+"""Make the diffusers folders that ship: ``edgediffusion/reference/<name>``, of the trained moving averages, in float16; and ``emoji``.
 
     python -m training.assemble fashion | fashion-dit | fashion-lcm | emoji [--replace] [-o FOLDER]
 
@@ -27,8 +27,11 @@ from edgediffusion.optimize.calibrate import PROMPTS
 from training import networks, train
 from training.loop import RUNS, Trainer
 
-REFERENCE = Path(__file__).parent.parent / "edgediffusion" / "reference"
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "edgediffusion" / "reference"
 FASHION = ("fashion", "fashion-dit", "fashion-lcm")
+EMOJI = RUNS / "emoji" / "pipeline"  # is not shipped: with it, the reference pipelines would be more than 40 MB
+PROMPT_COUNT = 60  # of emoji, as many as of fashion
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -202,13 +205,14 @@ def replace_folder(folder: Path, pipeline: DiffusionPipeline, prompts: Sequence[
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a diffusers folder of a trained run.")
     parser.add_argument("name", choices=ASSEMBLERS)
-    parser.add_argument("-o", "--output", type=Path, help="default: edgediffusion/reference/NAME")
+    parser.add_argument("-o", "--output", type=Path, help=f"default: edgediffusion/reference/NAME; for emoji {EMOJI.relative_to(ROOT)}")
     parser.add_argument("--replace", action="store_true", help="put it in the place of the folder that is there")
     arguments = parser.parse_args()
-    folder = arguments.output or REFERENCE / arguments.name
+    folder = arguments.output or (EMOJI if arguments.name == "emoji" else REFERENCE / arguments.name)
     if folder.exists() and not arguments.replace:
         sys.exit(f"'{folder}' exists already. Give --replace, or another name with -o.")
-    replace_folder(folder, ASSEMBLERS[arguments.name](arguments.name), fashion_prompts() if arguments.name in FASHION else ())
+    prompts = fashion_prompts() if arguments.name in FASHION else train.EmojiCaptions().prompts(PROMPT_COUNT)
+    replace_folder(folder, ASSEMBLERS[arguments.name](arguments.name), prompts)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB", file=sys.stderr)
 

@@ -184,14 +184,14 @@ def judge(name: str, *, images: int, guidances: tuple[float, ...], steps: int, s
         "real": vars(real),
         "drawn": drawn,
         "tone": {"guidance": middle, "images": len(wanted), "agreement": _part(torch.from_numpy(got == wanted))},
-        "made_by": made_by(),
+        "made_by": made_by("training.judge"),
         "weights_sha256": {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*.safetensors"))},
     }
 
 
-def made_by() -> dict:
+def made_by(module: str) -> dict:
     versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
-    command = shlex.join(["python", "-m", "training.judge", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     return {"command": command, "date": datetime.date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores", "versions": versions}
 
 
@@ -229,10 +229,10 @@ def table(facts: dict) -> str:
     )
 
 
-def with_table(card: str, facts: dict) -> str:
-    """A model card with its numbers table made anew."""
+def with_numbers(card: str, numbers: str) -> str:
+    """A model card with its numbers made anew."""
     before, rest = card.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n\n{table(facts)}\n\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n\n{numbers}\n\n{END}{rest.split(END, 1)[1]}"
 
 
 def main() -> None:
@@ -254,7 +254,7 @@ def main() -> None:
     facts = json.loads(report.read_text())
     print(table(facts))
     if card.exists():
-        card.write_text(with_table(card.read_text(), facts))
+        card.write_text(with_numbers(card.read_text(), table(facts)))
 
 
 if __name__ == "__main__":

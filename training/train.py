@@ -26,7 +26,7 @@ PLANS = {
     "fashion-dit": Plan(steps=4500, batch=64, learning_rate=1e-3),
     "fashion-lcm": Plan(steps=2000, batch=64, learning_rate=3e-4, ema=0.99),
     "emoji-vae": Plan(steps=2500, batch=32, learning_rate=2e-3, warmup=50, decay_part=1.0),
-    "emoji": Plan(steps=16000, batch=64, learning_rate=1.2e-3, ema=0.999),
+    "emoji": Plan(steps=5000, batch=64, learning_rate=1.2e-3, ema=0.999),
 }
 UNCONDITIONAL_PART = 0.1
 GUIDANCE_RANGE = (1.5, 7.0)
@@ -123,6 +123,7 @@ class EmojiCaptions:
     def __init__(self) -> None:
         arrays = np.load(data.main("emoji"))
         captions = [data.emoji_caption(s, n) for s, n in zip(arrays["styles"], arrays["labels"], strict=True)]
+        self.captions = captions
         self.tokenizer = networks.tokenizer(captions, vocabulary=3000)
         self.ids = token_ids(self.tokenizer, ["", *captions])
         labels = sorted(set(arrays["labels"]))
@@ -130,6 +131,11 @@ class EmojiCaptions:
         draw = np.random.default_rng(0).random(len(captions)) < 0.05
         self.held_out = torch.from_numpy(draw & np.array([counts[n] == 3 for n in arrays["labels"]]))
         self.kept = torch.nonzero(~self.held_out)[:, 0]
+
+    def prompts(self, count: int) -> list[str]:
+        """Captions that training saw."""
+        chosen = np.random.default_rng(0).choice(self.kept.numpy(), count, replace=False)
+        return [self.captions[i] for i in sorted(chosen)]
 
     def draw(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         caption = index + 1
