@@ -1,6 +1,7 @@
 """What the emoji pipeline is judged by: places among real pictures, with answers that are known."""
 
 import numpy as np
+
 from training import judge_emoji
 
 
@@ -14,7 +15,7 @@ def test_a_picture_is_compared_by_the_means_of_its_4x4_pixels():
 
 def test_the_rank_counts_nearer_pictures_of_the_same_style_alone():
     real = np.array([[0.0], [1.0], [2.0], [3.0]])
-    drawn, wanted = np.array([[2.1], [0.4]]), np.array([3, 0])
+    drawn, wanted = np.array([[1.6], [0.4]]), np.array([3, 0])
     styles = np.array(["a", "a", "b", "b"])
     same = styles[wanted][:, None] == styles[None]
     assert judge_emoji.ranks(drawn, real, wanted, same).tolist() == [1, 0]
