@@ -77,6 +77,7 @@ VARIANTS = (
     Variant("edgediffusion int8", "int8@onnxruntime-cpu", "onnxruntime"),
     Variant("edgediffusion int8, fold", "int8+fold@onnxruntime-cpu", "onnxruntime"),
     Variant("edgediffusion int8, sensitivity, fold", "int8+sensitivity+fold@onnxruntime-cpu", "onnxruntime"),
+    Variant("edgediffusion int8, 10.5 bits, fold", "int8-10.5+fold@onnxruntime-cpu", "onnxruntime"),
     Variant("edgediffusion int8", "int8@openvino", "openvino bf16"),
     Variant("edgediffusion int8", "int8@openvino", "openvino f32"),
     Variant("onnxruntime static, MinMax", "onnxruntime-minmax", "onnxruntime"),
@@ -96,7 +97,10 @@ VARIANTS = (
     Variant("W4A8: edgediffusion, gptq", "w4a8-gptq@onnxruntime-cpu", "onnxruntime"),
     Variant("W4A8: edgediffusion w4a8", "w4a8@onnxruntime-cpu", "onnxruntime"),
 )
-RECIPES = {"w4a8-gptq": replace(load_recipe("w4a8"), rounding="gptq")}  # beside those that ship
+RECIPES = {  # beside those that ship
+    "w4a8-gptq": replace(load_recipe("w4a8"), rounding="gptq"),
+    "int8-10.5": replace(load_recipe("int8"), effective_bits=10.5),
+}
 
 
 def main() -> None:
