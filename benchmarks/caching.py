@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,9 +55,6 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--plot", action="store_true", help="draw the results that there are, and measure nothing")
     arguments = parser.parse_args()
-    if arguments.bundle is not None:  # what is kept with the figures names no folder of this machine
-        at = next(i for i, text in enumerate(sys.argv) if text.startswith("--bundle"))
-        del sys.argv[at : at + (1 if "=" in sys.argv[at] else 2)]
     name = f"caching_{arguments.model.replace('-', '_')}"
     known = _known(name)
     if arguments.plot:

@@ -75,7 +75,6 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file = RESULTS / "export_scale.json"
         found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else {}
-        sys.argv[1:] = list(given.rows)  # what is kept with the figures: no folder of this machine
         for row in given.rows:
             found[row] = measured(row, folder, given.peers)
             print(row, found[row], flush=True)

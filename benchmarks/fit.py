@@ -67,7 +67,6 @@ def main() -> None:
     if here:
         print()
         print(text.table(list(here[0]), [[_short(value) for value in row.values()] for row in here]))
-    sys.argv[1:] = [named.split("=", 1)[0] for named in given.bundles] + (["--sd15"] if given.sd15 else [])  # no folder of this machine
     save(
         "fit",
         {"published": rows, "published_memory": memory, "median_error": off, "here": here, "load_average": round(os.getloadavg()[0], 1)},

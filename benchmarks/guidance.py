@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--times", action="store_true")
     arguments = parser.parse_args()
-    sys.argv[1:] = ["BUNDLE", *(["--times"] if arguments.times else [])]  # what is kept with the figures names no folder of this machine
     pipeline = Pipeline.from_bundle(arguments.bundle)
     if arguments.times:
         times = _times(pipeline)

@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=500, help="for the growth of memory")
     given = parser.parse_args()
     named = dict(entry.split("=", 1) for entry in given.bundles)
-    sys.argv[1:] = [f"{name}=BUNDLE" for name in named] + ["--pictures", str(given.pictures)]  # no folder of this machine in the results
     rows = {}
     for name, path in named.items():
         rows[name] = measured(Path(path), given.pictures)

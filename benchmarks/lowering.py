@@ -11,7 +11,6 @@ kernels for integers beside Q and DQ as they stand. Inputs are a kit's golden on
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,9 +42,6 @@ def main() -> None:
             apart += [row for c in bundle.components for row in apart_rows(name, bundle, c, inputs[c.name][0], Path(folder))]
             for half in (half for other, half in given.half if other == name):
                 apart += half_rows(name, bundle, half, inputs, Path(folder))
-    sys.argv[1:] = [f"{name}=BUNDLE" for name, _ in given.bundles] + (
-        ["--half", *(f"{n}=HALF" for n, _ in given.half)] if given.half else []
-    )
     save("lowering", {"lowered": lowered, "apart": apart})
     for rows in (lowered, apart):
         print("\n" + text.table(list(rows[0]), [list(row.values()) for row in rows]))

@@ -46,7 +46,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="max-memory-") as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        sys.argv[1:] = ["--steps", str(given.steps), "--bounds", given.bounds]  # what is kept with the figures: no folder of this machine
         if not (folder / "float").exists():
             _process("make", folder, given.steps)
         rows = [_process(f"draw {bound}", folder, given.steps) for bound in given.bounds.split(",")]

@@ -76,7 +76,6 @@ def main() -> None:
         file = RESULTS / "sd15.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         found.pop("made_by", None)
-        sys.argv[1:] = ["--parts", given.parts, "--runs", str(given.runs)]  # what is kept with the figures: no folder of this machine
         for part in given.parts.split(","):
             for name in _processes(part):
                 found[name] = _in_process(name, folder, given.runs)

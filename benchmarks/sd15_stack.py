@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
 from _report import save
@@ -59,7 +58,6 @@ def main() -> None:
     folder = given.folder.resolve()
     if not (folder / "int8-cut").exists():
         quantize(Bundle.open(folder / "cut", verify=False), QuantizationState.load(folder / "state"), folder / "int8-cut")
-    sys.argv[1:] = ["FOLDER", "--steps", str(given.steps), "--runs", str(given.runs)]  # no folder of this machine in the results
     found: dict[str, Row] = {}
     for name, row in rows_of(folder, given.steps).items():
         found[name] = measured(row, folder, given.runs)

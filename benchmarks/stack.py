@@ -221,7 +221,6 @@ def main() -> None:
             if part in given.parts.split(","):
                 for row, figures in measure().items():
                     found[row] |= figures
-                sys.argv[1:] = [given.model, "--parts", given.parts, "--runs", str(given.runs)]  # no folder of this machine in the results
                 save(name, {"steps": STEPS, "guidance_scale": GUIDANCE, "pictures": PICTURES, "rows": found})
     print(text.markdown_table(HEAD, shown(given.model, {row: figures for row, figures in found.items() if figures})))
 

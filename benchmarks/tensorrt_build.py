@@ -50,7 +50,6 @@ def main() -> None:
             found["reference"] = [_in_process(**job, latents=8) for job in _reference(Path(temporary))]
         if given.sd15:
             found["sd15"] = [_in_process(**job, latents=64) for job in _sd15(given.sd15, Path(temporary))]
-    sys.argv[1:] = ["--sd15", "FOLDER"] if given.sd15 else []  # what is kept with the figures: no folder of this machine
     save("tensorrt_build", found)
     head = ("graph", "format", "GPU", "seconds", "of processor", "engine MB", "peak MB")
     for name, rows in found.items():
