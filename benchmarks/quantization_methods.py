@@ -87,7 +87,7 @@ def _modelopt() -> Sequence[Case]:
         cases.append(("W4A8", f"{balance}, rank 32", _recipe("W4A8", balance=balance, rank=32)))
     for form, bits in (("W8A8", 9.0), ("W8A8", 9.5), ("W8A8", 10.5), ("W4A8", 5.0), ("W4A8", 6.0), ("W4A8", 7.0)):
         cases.append((form, f"search, {bits:g} bits chosen by modelopt", _recipe(form, effective_bits=bits)))
-    return cases
+    return sorted(cases, key=lambda case: case[0] != "W8A8")
 
 
 def _time() -> Sequence[Case]:
