@@ -123,12 +123,12 @@ def main() -> None:
         wanted = [v for v in bench.variants if arguments.only in v.tool]
         for variant in [] if arguments.timing else [v for v in wanted if v.key not in rows]:
             rows[variant.key] = {"model": arguments.model, "tool": variant.tool, "engine": variant.engine, **bench.score(variant)}
-            save(name, {**facts, "rows": [*rows.values()]})
+            save(name, {**facts, "rows": _ordered(rows)})
         timed = [] if arguments.pictures_only else [v for v in bench.variants if "bytes" in rows.get(v.key, {})]
         for key, step in bench.times(timed, arguments.runs).items() if timed else ():
             rows[key]["step"] = step
-    save(name, {**facts, "runs": arguments.runs, "rows": [*rows.values()]})
-    print(text.markdown_table(HEAD, [shown(row) for row in rows.values()]))
+    save(name, {**facts, "runs": arguments.runs, "rows": _ordered(rows)})
+    print(text.markdown_table(HEAD, [shown(row) for row in _ordered(rows)]))
 
 
 def shown(row: Mapping[str, Any]) -> list[str]:
@@ -152,6 +152,10 @@ def _known(name: str, pictures: int) -> dict[tuple[str, str], dict[str, Any]]:
     file = RESULTS / f"{name}.json"
     found = json.loads(file.read_text()) if file.exists() else {"pictures": 0}
     return {(row["tool"], row["engine"]): row for row in found["rows"]} if found["pictures"] == pictures else {}
+
+
+def _ordered(rows: Mapping[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[variant.key] for variant in VARIANTS if variant.key in rows]
 
 
 class _Bench:
