@@ -1,6 +1,6 @@
 """Numbers and a sample grid of the ``emoji`` pipeline: which of the real pictures lies nearest to the one that it draws.
 
-    python -m training.judge_emoji [--pairs 240] [--guidance 1 3 5] [--steps 20] [--seed 0]
+    python -m training.judge_emoji [--pairs 120] [--guidance 1 3 5] [--steps 20] [--seed 0]
 
 A picture is drawn as asked where, of all real emoji of the style asked for, the one asked for is the nearest (or among the five
 nearest): mean squared error over pixels that are averaged over 4x4. Pairs of label and style that training left out are counted
@@ -147,7 +147,7 @@ def table(facts: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge the emoji pipeline by numbers.")
-    parser.add_argument("--pairs", type=int, default=240, help="captions of each kind")
+    parser.add_argument("--pairs", type=int, default=120, help="captions of each kind")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0], help="the middle one also draws the grid")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
