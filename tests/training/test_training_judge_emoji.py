@@ -1,8 +1,10 @@
 """What the emoji pipeline is judged by: places among real pictures, with answers that are known."""
 
+import json
+
 import numpy as np
 
-from training import judge_emoji
+from training import judge, judge_emoji
 
 
 def test_a_picture_is_compared_by_the_means_of_its_4x4_pixels():
@@ -29,3 +31,10 @@ def test_pairs_are_drawn_from_both_kinds_and_again_the_same():
     assert not held_out[seen].any()
     assert sorted(unseen) == [0, 20, 40, 60, 80]
     np.testing.assert_array_equal(judge_emoji.choose(held_out, 30, seed=0)[0], seen)
+
+
+def test_the_model_card_tells_the_numbers_of_the_report():
+    card, report = judge.DOCS / "emoji.md", judge.DOCS / "emoji.json"
+    facts = json.loads(report.read_text(encoding="utf-8"))
+    text = card.read_text(encoding="utf-8")
+    assert judge.with_numbers(text, judge_emoji.table(facts)) == text
