@@ -67,11 +67,13 @@ def main() -> None:
     kinds.add_argument("--formats", dest="kind", action="store_const", const="formats")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--quick", action="store_true", help="leave out the methods that learn, which take minutes each")
+    parser.add_argument("--only", default="", help="measure rows with that in their format and method")
     arguments = parser.parse_args()
     cases = {"methods": _methods, "strategies": _strategies, "papers": _papers, "formats": _formats}[kind := arguments.kind or "methods"]()
     every = cases
     if arguments.quick:
         cases = [case for case in cases if case[2].rounding in ("nearest", "gptq")]
+    cases = [case for case in cases if arguments.only in f"{case[0]} {case[1]}"]
     name = f"quantization_{kind}_{arguments.model.replace('-', '_')}"
     known = {} if arguments.fresh else _known(name)
     with tempfile.TemporaryDirectory(dir=REFERENCE.parent, prefix=".quantization-") as folder:  # links do not cross file systems
