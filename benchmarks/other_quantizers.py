@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("fashion", "fashion-dit"))
     parser.add_argument("--pictures", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=60, help="timed steps of each variant")
+    parser.add_argument("--runs", type=int, default=120, help="timed steps of each variant")
     parser.add_argument("--work", type=Path, help="where environment, graphs and items are made and found again; else a temporary folder")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--timing", action="store_true", help="time the variants, and leave their pictures as they are in the results")
