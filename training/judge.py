@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,6 +236,18 @@ def with_numbers(card: str, numbers: str) -> str:
     return f"{before}{BEGIN}\n\n{numbers}\n\n{END}{rest.split(END, 1)[1]}"
 
 
+def tell(name: str, facts: dict | None, table: Callable[[dict], str]) -> None:
+    """Keep ``facts`` as the report of ``name``, or read the one that there is; print its table and put it into the model card."""
+    report, card = DOCS / f"{name}.json", DOCS / f"{name}.md"
+    if facts is not None:
+        with new_file(report, replace=True) as file:
+            file.write_text(dump_json(facts))
+    numbers = table(json.loads(report.read_text()))
+    print(numbers)
+    if card.exists():
+        card.write_text(with_numbers(card.read_text(), numbers))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge a shipped fashion pipeline by numbers.")
     parser.add_argument("name", choices=STEPS)
@@ -244,17 +257,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only rewrite the table of the model card")
     arguments = parser.parse_args()
-    name, card, report = arguments.name, DOCS / f"{arguments.name}.md", DOCS / f"{arguments.name}.json"
+    name, facts = arguments.name, None
     if not arguments.table:
         steps = arguments.steps or STEPS[name]
         guidances = tuple(arguments.guidance or GUIDANCES[name])
         facts = judge(name, images=arguments.images, guidances=guidances, steps=steps, seed=arguments.seed)
-        with new_file(report, replace=True) as file:
-            file.write_text(dump_json(facts))
-    facts = json.loads(report.read_text())
-    print(table(facts))
-    if card.exists():
-        card.write_text(with_numbers(card.read_text(), table(facts)))
+    tell(name, facts, table)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ apart. Writes ``docs/models/emoji.json`` and ``emoji.png``, and the numbers of `
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 import numpy as np
@@ -18,9 +17,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from edgediffusion.files import dump_json, new_file, sha256
+from edgediffusion.files import new_file, sha256
 from training import assemble, data, train
-from training.judge import DOCS, made_by, with_numbers
+from training.judge import DOCS, made_by, tell
 
 STYLES = ("noto", "gradient", "flat")
 GRID = (
@@ -65,10 +64,10 @@ def ranks(drawn: np.ndarray, real: np.ndarray, wanted: np.ndarray, same_style: n
 
 
 def choose(held_out: np.ndarray, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which captions are drawn: of those that training saw, and as many or all of those that it did not."""
+    """Which captions are drawn: ``pairs``, or as many as there are, of those that training saw, and of those that it did not."""
     rng = np.random.default_rng(seed)
-    seen, unseen = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    return rng.choice(seen, pairs, replace=False), rng.choice(unseen, min(pairs, len(unseen)), replace=False)
+    seen, unseen = (rng.choice(kind, min(pairs, len(kind)), replace=False) for kind in map(np.flatnonzero, (~held_out, held_out)))
+    return seen, unseen
 
 
 def judge(*, pairs: int, guidances: list[float], steps: int, seed: int) -> dict:
@@ -153,15 +152,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only rewrite the table of the model card")
     arguments = parser.parse_args()
-    report, card = DOCS / "emoji.json", DOCS / "emoji.md"
+    facts = None
     if not arguments.table:
+        if not assemble.EMOJI.exists():
+            sys.exit("'emoji' is not assembled yet. Do first: python -m training.assemble emoji")
         facts = judge(pairs=arguments.pairs, guidances=arguments.guidance, steps=arguments.steps, seed=arguments.seed)
-        with new_file(report, replace=True) as file:
-            file.write_text(dump_json(facts))
-    facts = json.loads(report.read_text())
-    print(table(facts))
-    if card.exists():
-        card.write_text(with_numbers(card.read_text(), table(facts)))
+    tell("emoji", facts, table)
 
 
 if __name__ == "__main__":
